@@ -1,0 +1,34 @@
+# Development commands. `make build` compiles specforge_ext._C into python/, so that
+# PYTHONPATH=python runs the working tree.
+PYTHON ?= python
+CUDA ?= OFF
+BUILD ?= build/dev
+export PYTHONPATH := $(CURDIR)/python:$(PYTHONPATH)
+
+.PHONY: build stubs lint format test clean
+
+build:
+	mkdir -p $(BUILD)
+	cmake -S . -B $(BUILD) -G Ninja -DSPECFORGE_EXT_CUDA=$(CUDA) -DPython_EXECUTABLE=$$($(PYTHON) -c "import sys; print(sys.executable)")
+	cmake --build $(BUILD) --target _C
+	cp $(BUILD)/_C*.so python/specforge_ext/
+
+stubs:
+	$(PYTHON) tools/make_stubs.py
+
+lint:
+	ruff check python tests benchmarks tools
+	ruff format --check python tests benchmarks tools
+	mypy
+	clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format:
+	ruff check --fix python tests benchmarks tools
+	ruff format python tests benchmarks tools
+	clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+test:
+	$(PYTHON) -m pytest -q
+
+clean:
+	rm -rf build python/specforge_ext/_C*.so

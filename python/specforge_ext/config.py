@@ -1,0 +1,90 @@
+"""Base of all config models, recipe files and their overrides.
+
+Each component owns its config model beside its code; this module knows none of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from specforge_ext.registry import unknown_name
+
+
+class Config(BaseModel):
+    """Frozen, unknown keys forbidden. Units are part of the names of the fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse(model: type[ConfigT], data: dict[str, Any], *, where: str = "") -> ConfigT:
+    """Validate `data`; ValueError names every bad key, what was wanted and what came.
+
+    where: prefix of the keys in messages, e.g. "trainer".
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(model, e, where) for e in error.errors())) from None
+
+
+def _explain(model: type[BaseModel], error: Any, where: str) -> str:
+    path = [str(p) for p in error["loc"]]
+    key = ".".join([where, *path] if where else path)
+    if error["type"] == "extra_forbidden":
+        owner = _owner(model, path[:-1])
+        known = list(owner.model_fields) if owner else []
+        return f"{key}: {unknown_name('key', path[-1], known)}"
+    if error["type"] == "missing":
+        return f"{key}: required, but not given"
+    return f"{key}: {error['msg']}, got {error['input']!r}"
+
+
+def _owner(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    """The config model that holds the last key of a path."""
+    for name in path:
+        info = model.model_fields.get(name)
+        annotation = info.annotation if info else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        model = annotation
+    return model
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe file as plain data. ValueError if it is not a mapping."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: wanted a mapping at the top, got {type(data).__name__}")
+    return data
+
+
+def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `key.sub=value` (the value is YAML) to nested mappings; returns a new mapping."""
+    out = _copy(data)
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {assignment!r}: wanted key.sub=value")
+        *parents, last = key.split(".")
+        node = out
+        for name in parents:
+            child = node.setdefault(name, {})
+            if not isinstance(child, dict):
+                raise ValueError(f"override {assignment!r}: {name!r} is a value, not a section")
+            node = child
+        node[last] = yaml.safe_load(value)
+    return out
+
+
+def _copy(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, dict) else v for k, v in data.items()}

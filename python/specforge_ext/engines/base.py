@@ -1,0 +1,65 @@
+"""What a target engine offers: shape, weights, features, generation, cached decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specforge_ext.records import FeatureLayout, Prompt, Sample, TargetSpec, TargetWeights
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """logits: [B, n, V] float32. features[name]: [B, n, width] of the layout."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor]
+
+
+class TargetDecoder(Protocol):
+    """The target with a key/value cache, for decoding B sequences that advance unevenly.
+
+    The cache is a list of columns. A column whose token was rejected stays, and is switched off for good by
+    `drop`; attention never sees it again.
+    """
+
+    def start(self, num_sequences: int, layout: FeatureLayout) -> None: ...
+
+    def forward(self, input_ids: Tensor, positions: Tensor, valid: Tensor) -> TargetOutput:
+        """Append n columns. input_ids, positions [B, n] int64; valid [B, n] bool (padding is not).
+
+        A row sees the valid columns before it and itself.
+        """
+        ...
+
+    def drop(self, keep: Tensor) -> None:
+        """keep: [B, n] bool over the columns of the last `forward`; the others are switched off."""
+        ...
+
+
+class Engine(Protocol):
+    spec: TargetSpec
+
+    def weights(self, *, device: torch.device, last_layer: bool = False) -> TargetWeights: ...
+
+    def features(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> Iterator[Sample]:
+        """Samples in the order of the prompts. The bits depend on `prompts` and `layout` alone."""
+        ...
+
+    def generate(
+        self,
+        prefixes: Sequence[Tensor],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_at_eos: bool = True,
+    ) -> list[Tensor]:
+        """Continuations ([n] int32 each, without the prefix; the end token included when it was said)."""
+        ...
+
+    def decoder(self) -> TargetDecoder: ...

@@ -1,0 +1,9 @@
+"""Draft algorithms. A new one is a folder and a line here."""
+
+from specforge_ext.methods.base import Drafter, Method
+from specforge_ext.registry import Registry
+
+METHODS = Registry("method")
+METHODS.add("eagle3", "specforge_ext.methods.eagle3:Eagle3Method")
+
+__all__ = ["METHODS", "Drafter", "Method"]

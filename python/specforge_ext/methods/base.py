@@ -1,0 +1,95 @@
+"""What a draft algorithm offers to the layers above; see docs/architecture.md, "Adding things"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from specforge_ext.records import (
+    DraftCheckpoint,
+    DraftVocab,
+    FeatureLayout,
+    PackedBatch,
+    Proposal,
+    StepLoss,
+    TargetSpec,
+    TargetWeights,
+)
+
+
+class Drafter(Protocol):
+    """A draft in decoding: keeps the state of B sequences.
+
+    Row t of a sequence pairs the target's features of position t with the token at t + 1, which is the
+    alignment of training. `observe` adds rows; `propose` looks ahead from the last row of each sequence
+    and leaves no trace.
+    """
+
+    def start(self, num_sequences: int, capacity: int) -> None:
+        """Forget everything; make room for `capacity` rows a sequence (rejected columns included)."""
+        ...
+
+    def observe(
+        self,
+        next_tokens: Tensor,
+        features: Mapping[str, Tensor],
+        positions: Tensor,
+        valid: Tensor,
+    ) -> None:
+        """Add rows. next_tokens, positions [B, n] int64; features[name] [B, n, width]; valid [B, n] bool.
+
+        A column that is not valid is as if it had not been given; valid columns of a sequence need not be
+        adjacent, but are in ascending order of position.
+        """
+        ...
+
+    def propose(
+        self, depth: int, *, temperature: float, generator: torch.Generator | None
+    ) -> Proposal:
+        """`depth` tokens for every sequence; temperature 0 is greedy and needs no generator."""
+        ...
+
+
+class Method(Protocol):
+    """A draft algorithm. The trainer gets one of these and never writes its name."""
+
+    name: str
+
+    def layout(self, target: TargetSpec) -> FeatureLayout:
+        """The features that a batch for `step` must hold."""
+        ...
+
+    def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> nn.Module:
+        """A fresh draft in float32 on the device of the weights; frozen target tensors are buffers."""
+        ...
+
+    def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
+        """Submodules that FSDP2 shards one by one before the root."""
+        ...
+
+    def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
+        """Loss of a micro-batch, as sums. Goes through draft.forward, so that FSDP2's hooks run."""
+        ...
+
+    def drafter(self, draft: nn.Module) -> Drafter:
+        """A decoder around the draft's present parameters (plain tensors, not sharded)."""
+        ...
+
+    def export(
+        self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
+    ) -> DraftCheckpoint:
+        """The draft under its public names, as SGLang and vLLM load it."""
+        ...
+
+    def schema(
+        self, config: Mapping[str, object]
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Every key that a checkpoint with this config.json must hold: shape, and dtype where it is fixed."""
+        ...
+
+    def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> nn.Module:
+        """The draft of a checkpoint (already checked against `schema`), float32."""
+        ...

@@ -1,0 +1,8 @@
+"""Stores. A new one is a file and a line here."""
+
+from specforge_ext.registry import Registry
+
+STORES = Registry("store")
+STORES.add("shm", "specforge_ext.store.shm:ShmStore")
+
+__all__ = ["STORES"]

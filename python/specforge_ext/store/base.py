@@ -1,0 +1,90 @@
+"""What a store offers: samples between processes, by reference."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from specforge_ext.records import Sample, SampleRef
+
+
+class StoreError(RuntimeError):
+    """Base of the typed errors of a store."""
+
+
+class StaleRef(StoreError):
+    """The ref's generation or epoch is not the store's any more."""
+
+
+class CorruptFeature(StoreError):
+    """The bytes are not those that were put: short, or the checksum differs."""
+
+
+class ProducerLost(StoreError):
+    """The process that fills the store is gone."""
+
+
+class LayoutMismatch(StoreError):
+    """The ref was made for another FeatureLayout."""
+
+
+class StoreFull(StoreError):
+    """A sample that can never fit: `needed` and `available` bytes."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(f"sample of {needed} bytes does not fit a store of {available} bytes")
+        self.needed = needed
+        self.available = available
+
+
+class TransferTimeout(StoreError):
+    """A wait ended at its deadline: what it waited for, and for how many seconds."""
+
+    def __init__(self, what: str, waited_s: float) -> None:
+        super().__init__(f"waited {waited_s:.1f} s for {what}")
+        self.what = what
+        self.waited_s = waited_s
+
+
+class Lease(Protocol):
+    """A sample whose tensors are views of the store's memory, valid until `release`.
+
+    Views that outlive the lease keep the memory from being recycled.
+    """
+
+    sample: Sample
+
+    def release(self) -> None: ...
+
+    def __enter__(self) -> Lease: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class StoreWriter(Protocol):
+    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+        """Copy a sample in and publish it. Waits for room; StoreFull, TransferTimeout."""
+        ...
+
+    def address(self) -> str:
+        """What a reader on this host needs to attach."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class StoreReader(Protocol):
+    def open(self, ref: SampleRef, *, layout_hash: str, verify: bool) -> Lease:
+        """Lease a sample. StaleRef, CorruptFeature, LayoutMismatch."""
+        ...
+
+    def ack(self, ref: SampleRef) -> None:
+        """The sample is done with: its memory may be reused once no lease is left."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,11 @@
+// One function per family of bindings; module.cpp calls them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace sf {
+
+void bind_ops(pybind11::module_& m);        // kernels: loss, pack (bind_ops.cpp)
+void bind_transport(pybind11::module_& m);  // arena (bind_transport.cpp)
+
+}  // namespace sf
