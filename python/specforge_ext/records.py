@@ -1,6 +1,6 @@
 """The records that cross the walls between layers.
 
-Legend of shapes: S tokens of one sample, T tokens of a packed batch, N samples in it, H hidden size.
+Legend of shapes: S tokens of one sample, T tokens of a packed batch of N samples, H hidden size.
 Every record is frozen; none of them knows where it came from or where it goes.
 """
 
@@ -32,8 +32,8 @@ class FeatureSpec:
     """One feature of a token: the concatenation of residual streams of some target layers.
 
     name: key of the tensor in samples and batches.
-    layer_ids: HF `hidden_states` indices in order of concatenation: k is the residual stream after k
-        layers, 0 the embedding. Index L (the number of layers) is the last one.
+    layer_ids: HF `hidden_states` indices in order of concatenation: k is the residual stream after
+        k layers, 0 the embedding. Index L (the number of layers) is the last one.
     final_norm: the target's final norm has been applied (only with layer_ids == (L,)).
     width: values per token, len(layer_ids) * hidden size.
     dtype: a key of DTYPES.
@@ -52,8 +52,8 @@ class FeatureSpec:
             )
         if not self.layer_ids or self.width <= 0 or self.width % len(self.layer_ids):
             raise ValueError(
-                f"FeatureSpec.width: wanted a positive multiple of {len(self.layer_ids)} layer ids, "
-                f"got {self.width} for {self.name!r}"
+                f"FeatureSpec.width: wanted a positive multiple of {len(self.layer_ids)} layer "
+                f"ids, got {self.width} for {self.name!r}"
             )
 
 
@@ -127,7 +127,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor of a sample lies: `nbytes` at `offset` from the start of the sample's extent."""
+    """Where one tensor of a sample lies: `nbytes` at `offset` in the sample's extent."""
 
     name: str
     dtype: str
@@ -213,7 +213,7 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Shape of a target model, as far as drafts depend on it. Vocabulary and hidden sizes are counts."""
+    """Shape of a target model, as far as drafts depend on it."""
 
     name: str
     model_type: str
@@ -238,7 +238,7 @@ class TargetWeights:
     """What methods take from the target, frozen, on the trainer's device.
 
     spec: the target's shape. embed_tokens, lm_head: [V, H]. final_norm: [H].
-    last_layer: state dict of the last decoder layer under its own names ("self_attn.q_proj.weight", ...),
+    last_layer: state dict of the last decoder layer under its own names ("mlp.up_proj.weight", ...),
     for warm starts; empty where it is not wanted.
     """
 
@@ -291,10 +291,10 @@ class DraftCheckpoint:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a draft proposes for B sequences: K tokens each, and the distributions they were drawn from.
+    """What a draft proposes for B sequences: K tokens each, and the distributions behind them.
 
-    tokens: [B, K] int64, target ids. probs: [B, K, V] float32 over the target's vocabulary (0 outside the
-    draft's), at the temperature asked for; None when greedy.
+    tokens: [B, K] int64, target ids. probs: [B, K, V] float32 over the target's vocabulary
+    (0 outside the draft's), at the temperature asked for; None when greedy.
     """
 
     tokens: Tensor

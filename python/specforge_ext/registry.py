@@ -1,4 +1,4 @@
-"""Registries: a name in a recipe -> a factory. Entries are import paths, so that naming one costs nothing."""
+"""Registries: a name in a recipe -> a factory. Entries are import paths: naming one costs nothing."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ class TargetOutput:
 class TargetDecoder(Protocol):
     """The target with a key/value cache, for decoding B sequences that advance unevenly.
 
-    The cache is a list of columns. A column whose token was rejected stays, and is switched off for good by
-    `drop`; attention never sees it again.
+    The cache is a list of columns. A column whose token was rejected stays, and is switched off
+    for good by `drop`; attention never sees it again.
     """
 
     def start(self, num_sequences: int, layout: FeatureLayout) -> None: ...
@@ -59,7 +59,7 @@ class Engine(Protocol):
         seed: int,
         stop_at_eos: bool = True,
     ) -> list[Tensor]:
-        """Continuations ([n] int32 each, without the prefix; the end token included when it was said)."""
+        """Continuations: [n] int32 each, without the prefix, with the end token if it was said."""
         ...
 
     def decoder(self) -> TargetDecoder: ...

@@ -23,13 +23,13 @@ from specforge_ext.records import (
 class Drafter(Protocol):
     """A draft in decoding: keeps the state of B sequences.
 
-    Row t of a sequence pairs the target's features of position t with the token at t + 1, which is the
-    alignment of training. `observe` adds rows; `propose` looks ahead from the last row of each sequence
-    and leaves no trace.
+    Row t of a sequence pairs the target's features of position t with the token at t + 1, which is
+    the alignment of training. `observe` adds rows; `propose` looks ahead from the last row of each
+    sequence and leaves no trace.
     """
 
     def start(self, num_sequences: int, capacity: int) -> None:
-        """Forget everything; make room for `capacity` rows a sequence (rejected columns included)."""
+        """Forget everything; make room for `capacity` rows a sequence, rejected ones included."""
         ...
 
     def observe(
@@ -39,10 +39,11 @@ class Drafter(Protocol):
         positions: Tensor,
         valid: Tensor,
     ) -> None:
-        """Add rows. next_tokens, positions [B, n] int64; features[name] [B, n, width]; valid [B, n] bool.
+        """Add rows.
 
-        A column that is not valid is as if it had not been given; valid columns of a sequence need not be
-        adjacent, but are in ascending order of position.
+        next_tokens, positions: [B, n] int64. features[name]: [B, n, width]. valid: [B, n] bool.
+        A column that is not valid is as if it had not been given; valid columns of a sequence need
+        not be adjacent, but are in ascending order of position.
         """
         ...
 
@@ -63,7 +64,7 @@ class Method(Protocol):
         ...
 
     def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> nn.Module:
-        """A fresh draft in float32 on the device of the weights; frozen target tensors are buffers."""
+        """A fresh float32 draft on the device of the weights; frozen target tensors are buffers."""
         ...
 
     def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
@@ -87,7 +88,7 @@ class Method(Protocol):
     def schema(
         self, config: Mapping[str, object]
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Every key that a checkpoint with this config.json must hold: shape, and dtype where it is fixed."""
+        """Every key that a checkpoint with this config.json must hold: shape, fixed dtype or None."""
         ...
 
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> nn.Module:
