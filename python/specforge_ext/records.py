@@ -238,7 +238,7 @@ class TargetWeights:
     """What methods take from the target, frozen, on the trainer's device.
 
     spec: the target's shape. embed_tokens, lm_head: [V, H]. final_norm: [H].
-    last_layer: state dict of the last decoder layer under its own names ("mlp.up_proj.weight", ...),
+    last_layer: state dict of the last decoder layer under its own names ("mlp.up_proj.weight"),
     for warm starts; empty where it is not wanted.
     """
 

@@ -1,4 +1,4 @@
-"""Registries: a name in a recipe -> a factory. Entries are import paths: naming one costs nothing."""
+"""Registries: a name in a recipe -> a factory. An entry is an import path: naming it is free."""
 
 from __future__ import annotations
 

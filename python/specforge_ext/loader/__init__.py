@@ -1,1 +1,20 @@
+"""Order, stream, collate: from sample refs to packed batches."""
 
+from specforge_ext.loader.order import GlobalStep, OrderConfig, global_steps, micro_batches, share
+from specforge_ext.loader.source import Delivery, FeatureLink, Skipped
+from specforge_ext.loader.stream import StepData, Stream, StreamConfig, TooManySkipped
+
+__all__ = [
+    "Delivery",
+    "FeatureLink",
+    "GlobalStep",
+    "OrderConfig",
+    "Skipped",
+    "StepData",
+    "Stream",
+    "StreamConfig",
+    "TooManySkipped",
+    "global_steps",
+    "micro_batches",
+    "share",
+]

@@ -88,7 +88,7 @@ class Method(Protocol):
     def schema(
         self, config: Mapping[str, object]
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Every key that a checkpoint with this config.json must hold: shape, fixed dtype or None."""
+        """Every key a checkpoint with this config.json must hold: shape, and fixed dtype or None."""
         ...
 
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> nn.Module:

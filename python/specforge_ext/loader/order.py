@@ -1,0 +1,134 @@
+"""The order of the data, as a pure function of (lengths, seed, epoch): the ledger of a run.
+
+Which samples form global step s does not depend on the world size; which rank takes which does, and
+is as pure. A checkpoint that holds the step number therefore holds the whole delivery state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from specforge_ext.config import Config
+
+
+class OrderConfig(Config):
+    """batch_tokens: tokens of a global step, over all ranks; no step exceeds it by more than half.
+
+    micro_batch_tokens: tokens of one forward and backward on a rank (None: its whole share).
+    epochs: passes over the data. max_steps: a limit on global steps (None: none).
+    shuffle: False keeps the order of the data set.
+    """
+
+    batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
+    epochs: int = 1
+    max_steps: int | None = None
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class GlobalStep:
+    """The samples (indices into the data set) that one optimizer step sees, on all ranks."""
+
+    step: int
+    epoch: int
+    samples: tuple[int, ...]
+
+
+def global_steps(lengths: Sequence[int], config: OrderConfig, *, seed: int) -> list[GlobalStep]:
+    """Every step of a run. lengths: tokens of each sample.
+
+    Samples fill a step in the epoch's order until the next one would exceed `batch_tokens`. The
+    last step of an epoch joins its neighbour when it holds less than half of `batch_tokens`.
+    Raises ValueError if a sample alone exceeds the budget of a step or of a micro-batch.
+    """
+    _check(lengths, config)
+    steps: list[GlobalStep] = []
+    for epoch in range(config.epochs):
+        for samples in _epoch(lengths, config, seed=seed, epoch=epoch):
+            if config.max_steps is not None and len(steps) == config.max_steps:
+                return steps
+            steps.append(GlobalStep(len(steps), epoch, tuple(samples)))
+    return steps
+
+
+def _check(lengths: Sequence[int], config: OrderConfig) -> None:
+    for key in ("batch_tokens", "micro_batch_tokens", "epochs", "max_steps"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ValueError(f"loader.{key}: wanted at least 1, got {value}")
+    if not lengths:
+        raise ValueError("the data set is empty: no sample has a scored token")
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    budget = min(config.batch_tokens, config.micro_batch_tokens or config.batch_tokens)
+    if lengths[longest] > budget:
+        raise ValueError(
+            f"loader.batch_tokens / micro_batch_tokens: sample {longest} has {lengths[longest]} "
+            f"tokens, the budget is {budget}; raise it or shorten the data (data.max_length)"
+        )
+
+
+def _epoch(
+    lengths: Sequence[int], config: OrderConfig, *, seed: int, epoch: int
+) -> list[list[int]]:
+    order = list(range(len(lengths)))
+    if config.shuffle:
+        rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+        order = [int(i) for i in rng.permutation(len(lengths))]
+    steps: list[list[int]] = []
+    room = 0
+    for index in order:
+        if lengths[index] > room:
+            steps.append([])
+            room = config.batch_tokens
+        steps[-1].append(index)
+        room -= lengths[index]
+    if len(steps) > 1 and 2 * sum(lengths[i] for i in steps[-1]) < config.batch_tokens:
+        steps[-2].extend(steps.pop())
+    return steps
+
+
+def share(step: GlobalStep, lengths: Sequence[int], *, rank: int, world_size: int) -> list[int]:
+    """The samples of a step that a rank takes: longest first, each to the least loaded rank."""
+    return _balance(list(step.samples), lengths, world_size)[rank]
+
+
+def micro_batches(
+    step: GlobalStep, lengths: Sequence[int], config: OrderConfig, *, rank: int, world_size: int
+) -> list[list[int]]:
+    """A rank's share of a step in micro-batches: the same number on every rank, none empty.
+
+    FSDP2 gathers parameters in every forward, so that ranks must run equally many.
+    Raises ValueError if the step has fewer samples than there are micro-batches.
+    """
+    shares = _balance(list(step.samples), lengths, world_size)
+    limit = config.micro_batch_tokens or sum(lengths[i] for i in step.samples)
+    bins = max(1, *(_bins_needed(part, lengths, limit) for part in shares))
+    if any(len(part) < bins for part in shares):
+        raise ValueError(
+            f"step {step.step} has {len(step.samples)} samples for {world_size} ranks with {bins} "
+            "micro-batches each; raise loader.batch_tokens (or micro_batch_tokens)"
+        )
+    return _balance(shares[rank], lengths, bins)
+
+
+def _bins_needed(samples: list[int], lengths: Sequence[int], limit: int) -> int:
+    """The least number of balanced bins that keeps every bin within `limit` tokens."""
+    bins = max(1, -(-sum(lengths[i] for i in samples) // limit))
+    while any(sum(lengths[i] for i in part) > limit for part in _balance(samples, lengths, bins)):
+        bins += 1
+    return bins
+
+
+def _balance(samples: list[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Longest first, each to the part with the fewest tokens (then samples, then the first)."""
+    out: list[list[int]] = [[] for _ in range(parts)]
+    load = [(0, 0, part) for part in range(parts)]
+    for index in sorted(samples, key=lambda i: (-lengths[i], i)):
+        tokens, count, part = min(load)
+        out[part].append(index)
+        load[part] = (tokens + lengths[index], count + 1, part)
+    return out

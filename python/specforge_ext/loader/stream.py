@@ -1,0 +1,231 @@
+"""A rank's stream of micro-batches: requests ahead, copies out of the store, hands on in order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from specforge_ext import ops
+from specforge_ext.config import Config
+from specforge_ext.loader.order import GlobalStep, OrderConfig, micro_batches
+from specforge_ext.loader.source import Delivery, FeatureLink, Skipped
+from specforge_ext.records import FeatureLayout, PackedBatch, Prompt, Sample, SampleRef
+from specforge_ext.store.base import StoreReader, TransferTimeout
+
+
+class StreamConfig(Config):
+    """in_flight_steps: steps asked of the producer ahead of the one being received.
+
+    prefetch_steps: packed steps that wait in the trainer's memory.
+    timeout_s: deadline of a wait for one step's features.
+    verify: check every checksum when a sample is opened.
+    max_skipped: samples that may be missing in a run before it stops.
+    """
+
+    in_flight_steps: int = 2
+    prefetch_steps: int = 2
+    timeout_s: float = 120.0
+    verify: bool = True
+    max_skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one rank trains on in one optimizer step.
+
+    wait_s: seconds the trainer stood still for it. samples, tokens: of this rank.
+    skipped: samples of this rank's share that could not be produced.
+    """
+
+    step: int
+    epoch: int
+    micro_batches: tuple[PackedBatch, ...]
+    wait_s: float
+    samples: int
+    tokens: int
+    skipped: tuple[Skipped, ...] = ()
+
+
+class TooManySkipped(RuntimeError):
+    """More samples are missing than `max_skipped` allows."""
+
+
+class Stream:
+    """Implements the trainer's StepSource. One background thread; closed by leaving `iterate`."""
+
+    def __init__(
+        self,
+        *,
+        steps: Sequence[GlobalStep],
+        prompts: Sequence[Prompt],
+        layout: FeatureLayout,
+        link: FeatureLink,
+        reader: StoreReader,
+        order: OrderConfig,
+        config: StreamConfig,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._steps = steps
+        self._prompts = prompts
+        self._lengths = [len(p) for p in prompts]
+        self._layout = layout
+        self._link = link
+        self._reader = reader
+        self._order = order
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+
+    @property
+    def total_steps(self) -> int:
+        return len(self._steps)
+
+    def iterate(self, start_step: int) -> Iterator[StepData]:
+        """Steps from `start_step` on. What the thread raises is raised here, at its step."""
+        ready: queue.Queue[StepData | BaseException | None] = queue.Queue(
+            maxsize=self._config.prefetch_steps
+        )
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=self._run, args=(start_step, ready, stop), name="specforge-stream", daemon=True
+        )
+        thread.start()
+        skipped = 0
+        try:
+            while (data := self._next(ready, start_step)) is not None:
+                skipped += len(data.skipped)
+                if skipped > self._config.max_skipped:
+                    last = data.skipped[-1]
+                    raise TooManySkipped(
+                        f"{skipped} samples could not be produced, loader.max_skipped is "
+                        f"{self._config.max_skipped}; the last: {last.sample_id}: {last.reason}"
+                    )
+                yield data
+                start_step = data.step + 1
+        finally:
+            stop.set()
+            thread.join(timeout=5.0)
+
+    def _next(
+        self, ready: queue.Queue[StepData | BaseException | None], step: int
+    ) -> StepData | None:
+        start = time.perf_counter()
+        # The thread has its own deadline for the producer; this one only guards against its death.
+        limit = self._config.timeout_s + 30.0
+        try:
+            item = ready.get(timeout=limit)
+        except queue.Empty:
+            raise TransferTimeout(f"the packed batch of step {step}", limit) from None
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
+            return None
+        wait_s = time.perf_counter() - start
+        return StepData(
+            step=item.step,
+            epoch=item.epoch,
+            micro_batches=item.micro_batches,
+            wait_s=wait_s,
+            samples=item.samples,
+            tokens=item.tokens,
+            skipped=item.skipped,
+        )
+
+    def _run(
+        self,
+        start_step: int,
+        ready: queue.Queue[StepData | BaseException | None],
+        stop: threading.Event,
+    ) -> None:
+        try:
+            for data in self._deliveries(start_step, stop):
+                _put(ready, data, stop)
+            _put(ready, None, stop)
+        except Exception as error:  # noqa: BLE001 - carried to the trainer's thread, and raised there
+            _put(ready, error, stop)
+
+    def _deliveries(self, start_step: int, stop: threading.Event) -> Iterator[StepData]:
+        asked = start_step
+        for step in self._steps[start_step:]:
+            while asked < len(self._steps) and asked <= step.step + self._config.in_flight_steps:
+                self._ask(self._steps[asked])
+                asked += 1
+            if stop.is_set():
+                return
+            delivery = self._link.receive(timeout_s=self._config.timeout_s)
+            if delivery.step != step.step:
+                raise RuntimeError(f"asked for step {step.step}, got step {delivery.step}")
+            yield self._pack(step, delivery)
+
+    def _plan(self, step: GlobalStep) -> list[list[int]]:
+        return micro_batches(
+            step, self._lengths, self._order, rank=self._rank, world_size=self._world_size
+        )
+
+    def _ask(self, step: GlobalStep) -> None:
+        ids = [self._prompts[i].sample_id for part in self._plan(step) for i in part]
+        self._link.request(step.step, ids)
+
+    def _pack(self, step: GlobalStep, delivery: Delivery) -> StepData:
+        refs = {ref.sample_id: ref for ref in delivery.refs}
+        missing = {skipped.sample_id for skipped in delivery.skipped}
+        batches: list[PackedBatch] = []
+        for part in self._plan(step):
+            wanted = [self._prompts[i] for i in part if self._prompts[i].sample_id not in missing]
+            if wanted:
+                batches.append(self._collate([refs[p.sample_id] for p in wanted], wanted))
+        return StepData(
+            step=step.step,
+            epoch=step.epoch,
+            micro_batches=tuple(batches),
+            wait_s=0.0,
+            samples=sum(len(b.sample_ids) for b in batches),
+            tokens=sum(b.num_tokens for b in batches),
+            skipped=delivery.skipped,
+        )
+
+    def _collate(self, refs: list[SampleRef], prompts: list[Prompt]) -> PackedBatch:
+        """One copy: from the store's memory into the packed batch; then the store has it back."""
+        with ExitStack() as stack:
+            leases = [
+                stack.enter_context(
+                    self._reader.open(
+                        ref, layout_hash=self._layout.hash, verify=self._config.verify
+                    )
+                )
+                for ref in refs
+            ]
+            samples = [lease.sample for lease in leases]
+            for sample, prompt in zip(samples, prompts, strict=True):
+                _check_same(sample, prompt)
+            batch = ops.pack(samples, self._layout)
+            del samples, leases
+        for ref in refs:
+            self._reader.ack(ref)
+        return batch
+
+
+def _check_same(sample: Sample, prompt: Prompt) -> None:
+    """Features of other tokens than the prompt's would train silently; refuse them by name."""
+    if not sample.prompt.input_ids.equal(prompt.input_ids):
+        raise ValueError(
+            f"sample {prompt.sample_id}: the store holds other token ids than the data"
+        )
+
+
+def _put(
+    ready: queue.Queue[StepData | BaseException | None],
+    item: StepData | BaseException | None,
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.2)
+            return
+        except queue.Full:
+            continue

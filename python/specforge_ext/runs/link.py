@@ -1,0 +1,131 @@
+"""The trainer's side of the producer: starting the process, and one rank's connection to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from specforge_ext.loader import Delivery, Skipped
+from specforge_ext.runs.wire import Connection, Message, connect
+from specforge_ext.store.base import ProducerLost, TransferTimeout
+from specforge_ext.store.ref import ref_from_json
+
+LOG_TAIL_BYTES = 2000
+
+
+class ProducerProcess:
+    """A producer of this host, as a child: it ends when this object, or this process, does."""
+
+    def __init__(self, recipe: dict[str, Any], *, num_threads: int, log_path: Path) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="specforge-"))
+        self.socket_path = str(self._directory / "producer.sock")
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "specforge_ext.runs.producer"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        start = {"recipe": recipe, "socket": self.socket_path, "num_threads": num_threads}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(start).encode() + b"\n")
+        self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def connect(self, *, timeout_s: float) -> ProducerLink:
+        """Wait for the process to listen. ProducerLost with the end of its log if it died."""
+        waited = 0.0
+        while True:
+            try:
+                return ProducerLink(self.socket_path, timeout_s=1.0)
+            except TransferTimeout:
+                waited += 1.0
+                if self._process.poll() is not None:
+                    raise ProducerLost(self.obituary()) from None
+                if waited >= timeout_s:
+                    raise TransferTimeout("the producer process to listen", timeout_s) from None
+
+    def obituary(self) -> str:
+        """How the process ended, and the end of its log."""
+        tail = self.log_path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+        return f"producer process ended with code {self._process.poll()}; its log ends:\n{tail}"
+
+    def close(self) -> None:
+        """Ask it to end by closing its input; kill it after 5 s."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it is gone already
+        try:
+            self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=5.0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class ProducerLink:
+    """One rank's connection: implements the loader's FeatureLink."""
+
+    def __init__(self, socket_path: str, *, timeout_s: float) -> None:
+        self._connection: Connection = connect(socket_path, timeout_s=timeout_s)
+        self._hello: Message | None = None
+
+    def hello(self, *, layout_hash: str, timeout_s: float) -> str:
+        """The store's address. ValueError if the producer was set up for another layout."""
+        if self._hello is None:
+            self._hello = self._expect("hello", timeout_s=timeout_s, what="its first message")
+        if self._hello["layout_hash"] != layout_hash:
+            raise ValueError(
+                f"the producer makes features of layout {self._hello['layout_hash']}, "
+                f"this rank trains on {layout_hash}: engine and method disagree"
+            )
+        return str(self._hello["store"])
+
+    def prepare(self, *, timeout_s: float, progress: Callable[[int, int, str], None]) -> None:
+        """Have the data set written. timeout_s: deadline between two signs of progress."""
+        self._connection.send({"op": "prepare"})
+        while True:
+            message = self._expect(
+                "progress", "prepared", timeout_s=timeout_s, what="the data set to be prepared"
+            )
+            if message["op"] == "prepared":
+                return
+            progress(int(message["done"]), int(message["total"]), str(message["what"]))
+
+    def request(self, step: int, sample_ids: Sequence[str]) -> None:
+        self._connection.send({"op": "step", "step": step, "sample_ids": list(sample_ids)})
+
+    def receive(self, *, timeout_s: float) -> Delivery:
+        message = self._expect("refs", timeout_s=timeout_s, what="the features of a step")
+        return Delivery(
+            step=int(message["step"]),
+            refs=tuple(ref_from_json(text) for text in message["refs"]),
+            skipped=tuple(Skipped(**item) for item in message["skipped"]),
+        )
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _expect(self, *ops: str, timeout_s: float, what: str) -> Message:
+        message = self._connection.receive(timeout_s=timeout_s, what=what)
+        if message["op"] == "error":
+            raise RuntimeError(f"the producer refused: {message['text']}")
+        if message["op"] not in ops:
+            raise RuntimeError(f"the producer sent {message['op']!r} instead of {' or '.join(ops)}")
+        return message

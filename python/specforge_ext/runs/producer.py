@@ -1,0 +1,202 @@
+"""The producer process: owns the engine and the store, prepares the data, answers for features.
+
+`python -m specforge_ext.runs.producer` reads a JSON line from standard input (recipe, socket path,
+threads) and serves until its parent closes that pipe or asks it to stop.
+
+What a rank gets for a step is computed from that rank's share of the step alone, so that the bits do
+not depend on what else was asked, or on how often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import logging
+import os
+import selectors
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specforge_ext.engines import ENGINES, Engine
+from specforge_ext.methods import METHODS
+from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
+from specforge_ext.runs import data as run_data
+from specforge_ext.runs.recipe import Recipe, build
+from specforge_ext.runs.wire import Connection, Message, accept, listen
+from specforge_ext.store import STORES
+from specforge_ext.store.base import ProducerLost, StoreError, StoreWriter
+
+log = logging.getLogger("specforge_ext.producer")
+
+
+@dataclass(order=True)
+class Request:
+    """One rank's share of one step; the lowest step is answered first."""
+
+    step: int
+    order: int
+    sample_ids: tuple[str, ...] = field(compare=False)
+    client: Connection = field(compare=False)
+
+
+class Producer:
+    """Single-threaded: reads what clients ask, computes one request at a time."""
+
+    def __init__(self, recipe: Recipe, listener: socket.socket, parent_fd: int) -> None:
+        self._recipe = recipe
+        self._listener = listener
+        self._parent_fd = parent_fd
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(parent_fd, selectors.EVENT_READ)
+        self._queue: list[Request] = []
+        self._order = itertools.count()
+        self._prompts: dict[str, Prompt] = {}
+        self._done = False
+        kind, config = recipe.engine
+        self._engine: Engine = ENGINES.get(kind).open(config)
+        method = METHODS.get(recipe.method[0])(recipe.method[1])
+        self._layout: FeatureLayout = method.layout(self._engine.spec)
+        store_kind, store_config = recipe.store
+        self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
+
+    def serve(self) -> None:
+        while not self._done:
+            self._read(block=not self._queue)
+            if self._queue and not self._done:
+                self._answer(heapq.heappop(self._queue))
+        self._writer.close()
+
+    def _read(self, *, block: bool) -> None:
+        for key, _ in self._selector.select(None if block else 0.0):
+            if key.fd == self._parent_fd:
+                # The parent never writes: readable means that it closed its end, or died.
+                self._done = True
+            elif key.data is None:
+                self._welcome()
+            else:
+                self._hear(key.data)
+
+    def _welcome(self) -> None:
+        client = accept(self._listener)
+        if client is None:
+            log.warning("refused a client of another user")
+            return
+        self._selector.register(client, selectors.EVENT_READ, data=client)
+        client.send(
+            {"op": "hello", "store": self._writer.address(), "layout_hash": self._layout.hash}
+        )
+
+    def _hear(self, client: Connection) -> None:
+        try:
+            for message in client.poll():
+                self._handle(client, message)
+        except ProducerLost:
+            self._forget(client)
+
+    def _forget(self, client: Connection) -> None:
+        self._selector.unregister(client)
+        client.close()
+        self._queue = [r for r in self._queue if r.client is not client]
+        heapq.heapify(self._queue)
+
+    def _handle(self, client: Connection, message: Message) -> None:
+        if message["op"] == "prepare":
+            self._prepare(client)
+        elif message["op"] == "step":
+            ids = tuple(message["sample_ids"])
+            heapq.heappush(
+                self._queue, Request(int(message["step"]), next(self._order), ids, client)
+            )
+        elif message["op"] == "stop":
+            self._done = True
+        else:
+            raise ValueError(f"unknown request {message['op']!r}")
+
+    def _prepare(self, client: Connection) -> None:
+        """Write the data set if it is not there yet, with signs of progress."""
+
+        def progress(done: int, total: int, what: str) -> None:
+            client.send({"op": "progress", "done": done, "total": total, "what": what})
+
+        try:
+            path = run_data.prepare(
+                self._recipe.data,
+                self._engine,
+                directory=self._recipe.output_dir / "data",
+                seed=self._recipe.run.seed,
+                progress=progress,
+            )
+        except ValueError as error:
+            client.send({"op": "error", "text": str(error)})
+            return
+        client.send({"op": "prepared", "path": str(path)})
+
+    def _answer(self, request: Request) -> None:
+        if not self._prompts:
+            dataset = run_data.read_dataset(self._recipe.output_dir / "data")
+            self._prompts = {p.sample_id: p for p in dataset.train}
+        refs: list[str] = []
+        skipped: list[dict[str, str]] = []
+        try:
+            for sample in self._samples(request):
+                if (reason := unfit(sample)) is not None:
+                    skipped.append({"sample_id": sample.prompt.sample_id, "reason": reason})
+                else:
+                    refs.append(self._put(sample).to_json())
+            request.client.send(
+                {"op": "refs", "step": request.step, "refs": refs, "skipped": skipped}
+            )
+        except ProducerLost:
+            log.info("a trainer left while its step %d was computed", request.step)
+        except StoreError as error:
+            request.client.send({"op": "error", "text": f"step {request.step}: {error}"})
+
+    def _put(self, sample: Sample) -> SampleRef:
+        return self._writer.put(
+            sample, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
+        )
+
+    def _samples(self, request: Request) -> Iterator[Sample]:
+        missing = [i for i in request.sample_ids if i not in self._prompts]
+        if missing:
+            raise ValueError(f"step {request.step}: no prompt with sample_id {missing[0]!r}")
+        prompts = [self._prompts[i] for i in request.sample_ids]
+        return self._engine.features(prompts, self._layout)
+
+
+def unfit(sample: Sample) -> str | None:
+    """Why a sample must not be trained on, or None."""
+    for name, tensor in sample.features.items():
+        if tensor.shape[0] != len(sample.prompt):
+            return f"{name} has {tensor.shape[0]} rows for {len(sample.prompt)} tokens"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds values that are not finite"
+    return None
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    start: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    torch.set_num_threads(int(start["num_threads"]))
+    recipe = build(start["recipe"])
+    listener = listen(start["socket"])
+    try:
+        Producer(recipe, listener, sys.stdin.fileno()).serve()
+    finally:
+        listener.close()
+        Path(start["socket"]).unlink(missing_ok=True)
+    # Engines may leave threads of their own; the work is done.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

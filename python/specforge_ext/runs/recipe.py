@@ -1,0 +1,141 @@
+"""The recipe: the whole description of a run. Each section belongs to the component it configures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specforge_ext.config import Config, ConfigT, override, parse, read_yaml
+from specforge_ext.engines import ENGINES
+from specforge_ext.loader import OrderConfig, StreamConfig
+from specforge_ext.methods import METHODS
+from specforge_ext.registry import Registry, unknown_name
+from specforge_ext.runs.data import DataConfig
+from specforge_ext.store import STORES
+from specforge_ext.trainer import TrainerConfig
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+class EvaluateConfig(Config):
+    """Real speculative decoding after training; see docs/acceptance.md.
+
+    num_prompts: held-out prompts (0: no evaluation). max_new_tokens: tokens a prompt.
+    depth: tokens proposed in a round. temperatures: 0 is greedy.
+    baselines: evaluate the untrained draft and a bigram draft too.
+    """
+
+    num_prompts: int = 64
+    max_new_tokens: int = 64
+    depth: int = 4
+    temperatures: tuple[float, ...] = (0.0, 0.8)
+    baselines: bool = True
+    seed: int = 0
+
+
+class ExportConfig(Config):
+    """dtype: of the exported tensors, "float32" or "bfloat16"."""
+
+    dtype: str = "bfloat16"
+
+
+class RunConfig(Config):
+    """seed: of the draft's initial weights, the data order and generation.
+
+    num_threads: CPU threads of each trainer rank and of the producer (None: the cores, divided).
+    start_timeout_s: deadline for the producer's start. prepare_timeout_s: deadline between two
+    signs of progress while it writes the data.
+    """
+
+    seed: int = 0
+    num_threads: int | None = None
+    start_timeout_s: float = 300.0
+    prepare_timeout_s: float = 600.0
+
+
+SECTIONS = (
+    "name", "output_dir", "run", "engine", "data", "method", "store",
+    "order", "stream", "trainer", "evaluate", "export",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe. engine, method and store are (kind, that implementation's config)."""
+
+    name: str
+    output_dir: Path
+    run: RunConfig
+    engine: tuple[str, Config]
+    data: DataConfig
+    method: tuple[str, Config]
+    store: tuple[str, Config]
+    order: OrderConfig
+    stream: StreamConfig
+    trainer: TrainerConfig
+    evaluate: EvaluateConfig
+    export: ExportConfig
+    source: dict[str, Any]
+
+
+def load(recipe: str | None, assignments: list[str]) -> Recipe:
+    """recipe: a path, or the name of a shipped recipe; None is the demo."""
+    return build(override(read_yaml(find(recipe or "demo")), assignments))
+
+
+def find(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{recipe.removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = [p.stem for p in RECIPES.glob("*.yaml")]
+    raise ValueError(f"{recipe}: no such file, and {unknown_name('recipe', recipe, known)}")
+
+
+def build(data: dict[str, Any]) -> Recipe:
+    """ValueError names the unknown or wrong key, and the nearest known one."""
+    for key in data:
+        if key not in SECTIONS:
+            raise ValueError(unknown_name("key", key, list(SECTIONS)))
+    if not isinstance(data.get("name"), str):
+        raise ValueError(f"name: wanted the name of the recipe, got {data.get('name')!r}")
+    return Recipe(
+        name=data["name"],
+        output_dir=Path(data.get("output_dir") or f"runs/{data['name']}"),
+        run=_section(RunConfig, data, "run"),
+        engine=_kind(ENGINES, data, "engine"),
+        data=_section(DataConfig, data, "data"),
+        method=_kind(METHODS, data, "method"),
+        store=_kind(STORES, data, "store", default="shm"),
+        order=_section(OrderConfig, data, "order"),
+        stream=_section(StreamConfig, data, "stream"),
+        trainer=_section(TrainerConfig, data, "trainer"),
+        evaluate=_section(EvaluateConfig, data, "evaluate"),
+        export=_section(ExportConfig, data, "export"),
+        source=data,
+    )
+
+
+def _mapping(data: dict[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: wanted a section, got {value!r}")
+    return value
+
+
+def _section(model: type[ConfigT], data: dict[str, Any], key: str) -> ConfigT:
+    return parse(model, _mapping(data, key), where=key)
+
+
+def _kind(
+    registry: Registry, data: dict[str, Any], key: str, default: str | None = None
+) -> tuple[str, Config]:
+    section = dict(_mapping(data, key))
+    kind = section.pop("kind", default)
+    if not isinstance(kind, str):
+        raise ValueError(f"{key}.kind: wanted one of {', '.join(registry)}, got {kind!r}")
+    model: type[Config] = registry.get(kind).Config
+    return kind, parse(model, section, where=key)
