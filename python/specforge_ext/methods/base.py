@@ -88,7 +88,7 @@ class Method(Protocol):
     def schema(
         self, config: Mapping[str, object]
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Every key a checkpoint with this config.json must hold: shape, and fixed dtype or None."""
+        """Every key a checkpoint with this config.json must hold: shape, and dtype if fixed."""
         ...
 
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> nn.Module:

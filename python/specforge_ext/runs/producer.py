@@ -3,8 +3,8 @@
 `python -m specforge_ext.runs.producer` reads a JSON line from standard input (recipe, socket path,
 threads) and serves until its parent closes that pipe or asks it to stop.
 
-What a rank gets for a step is computed from that rank's share of the step alone, so that the bits do
-not depend on what else was asked, or on how often the run was interrupted.
+What a rank gets for a step is computed from that rank's share of the step alone, so that the bits
+do not depend on what else was asked, or on how often the run was interrupted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recipe: the whole description of a run. Each section belongs to the component it configures."""
+"""The recipe: all of a run in one file. Each section belongs to the component it configures."""
 
 from __future__ import annotations
 
