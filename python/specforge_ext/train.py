@@ -1,4 +1,4 @@
-"""`torchrun -m specforge_ext.train [RECIPE.yaml] [key.sub=value ...]`: one run, from prompts to export.
+"""`torchrun -m specforge_ext.train [RECIPE.yaml] [key.sub=value ...]`: from prompts to export.
 
 Without a recipe: the demo (recipes/demo.yaml), which needs no server and no download.
 """
