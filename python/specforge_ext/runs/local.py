@@ -1,0 +1,220 @@
+"""The main job: data, training, export and evaluation of one recipe on the ranks of one host.
+
+Rank 0 starts the producer (see `runs.producer`); every rank trains; rank 0 exports and evaluates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specforge_ext.engines import ENGINES, Engine
+from specforge_ext.loader import GlobalStep, Skipped, StepData, Stream, global_steps
+from specforge_ext.methods import METHODS, Method
+from specforge_ext.records import DraftVocab, TargetWeights
+from specforge_ext.runs.data import Dataset, read_dataset
+from specforge_ext.runs.finish import Finished, finish
+from specforge_ext.runs.link import ProducerLink, ProducerProcess
+from specforge_ext.runs.recipe import Recipe
+from specforge_ext.runs.say import Say
+from specforge_ext.store import STORES
+from specforge_ext.trainer import Trainer, TrainResult, World, open_world
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves for the rest of the run. parameters: whole and on the CPU (rank 0)."""
+
+    result: TrainResult
+    parameters: dict[str, Tensor]
+    weights: TargetWeights
+    vocab: DraftVocab
+    dataset: Dataset
+    skipped: int
+    rank: int
+
+
+def run(recipe: Recipe) -> dict[str, Any] | None:
+    """Run a recipe to its end; rank 0 returns summary.json's contents, the others None.
+
+    Resumes from the newest checkpoint of `output_dir` (trainer.checkpoint.resume). After SIGTERM
+    the state is saved and nothing is exported: the same command goes on.
+    """
+    began = time.perf_counter()
+    say = Say(began, quiet=int(os.environ.get("RANK", "0")) != 0)
+    method: Method = METHODS.get(recipe.method[0])(recipe.method[1])
+    with open_world(timeout_s=recipe.trainer.collective_timeout_s) as world:
+        torch.set_num_threads(threads_each(recipe, world))
+        trained = _train(recipe, method, world, say)
+    if trained.rank != 0:
+        return None
+    if trained.result.stopped_by_signal:
+        say(f"stopped by a signal at step {trained.result.steps}, saved; the same command goes on")
+        return None
+    torch.set_num_threads(os.cpu_count() or 1)
+    draft = method.build(trained.weights, trained.vocab, seed=recipe.run.seed)
+    draft.load_state_dict(trained.parameters)
+    finished = finish(recipe, method, draft, trained.weights, trained.vocab, trained.dataset, say)
+    return _summary(recipe, trained, finished, time.perf_counter() - began)
+
+
+def threads_each(recipe: Recipe, world: World) -> int:
+    """CPU threads of a process: named in the recipe, or the cores over ranks and producer."""
+    if recipe.run.num_threads is not None:
+        return recipe.run.num_threads
+    return max(1, (os.cpu_count() or 1) // (world.size + 1))
+
+
+def _train(recipe: Recipe, method: Method, world: World, say: Say) -> Trained:
+    with ExitStack() as stack:
+        link = _producer(recipe, world, stack, say)
+        engine: Engine = ENGINES.get(recipe.engine[0]).open(recipe.engine[1])
+        layout = method.layout(engine.spec)
+        address = link.hello(layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s)
+        link.prepare(timeout_s=recipe.run.prepare_timeout_s, progress=say.progress)
+        dataset = read_dataset(recipe.output_dir / "data")
+        say(f"data: {dataset.describe()}")
+        weights = engine.weights(device=world.device, last_layer=True)
+        vocab = method.vocab(dataset.train, engine.spec)
+        draft = method.build(weights, vocab, seed=recipe.run.seed)
+        steps = global_steps(
+            [len(p) for p in dataset.train], recipe.order, seed=recipe.run.seed
+        )
+        say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
+        reader = STORES.get(recipe.store[0]).reader(address)
+        stack.callback(reader.close)
+        stream = Stream(
+            steps=steps,
+            prompts=dataset.train,
+            layout=layout,
+            link=link,
+            reader=reader,
+            order=recipe.order,
+            config=recipe.stream,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        source = SkipLog(stream, recipe.output_dir / "skipped.jsonl", rank=world.rank)
+        trainer = Trainer(
+            recipe.trainer,
+            method,
+            draft,
+            source,
+            output_dir=recipe.output_dir,
+            world=world,
+            identity=_identity(recipe, dataset, steps),
+        )
+        result = trainer.fit()
+        skipped = int(world.sum(torch.tensor([float(source.count)]), "skipped samples")[0])
+        return Trained(
+            result=result,
+            parameters=trainer.full_state_dict(),
+            weights=weights,
+            vocab=vocab,
+            dataset=dataset,
+            skipped=skipped,
+            rank=world.rank,
+        )
+
+
+def _producer(recipe: Recipe, world: World, stack: ExitStack, say: Say) -> ProducerLink:
+    """Rank 0 starts the producer; every rank connects to it."""
+    path = ""
+    link: ProducerLink | None = None
+    timeout_s = recipe.run.start_timeout_s
+    if world.rank == 0:
+        say(f"target: {recipe.engine[0]} {getattr(recipe.engine[1], 'model', '')}")
+        process = ProducerProcess(
+            recipe.source,
+            num_threads=threads_each(recipe, world),
+            log_path=recipe.output_dir / "producer.log",
+        )
+        stack.callback(process.close)
+        link = process.connect(timeout_s=timeout_s)
+        path = process.socket_path
+    path = world.gather(path, "the producer's address")[0]
+    link = link or ProducerLink(path, timeout_s=timeout_s)
+    stack.callback(link.close)
+    return link
+
+
+def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict[str, Any]:
+    """What a run that resumes must share with the one that saved."""
+    return {
+        "method": {"kind": recipe.method[0], **recipe.method[1].model_dump(mode="json")},
+        "data": dataset.fingerprint,
+        "order": recipe.order.model_dump(mode="json"),
+        "seed": recipe.run.seed,
+        "num_steps": len(steps),
+    }
+
+
+class SkipLog:
+    """A StepSource that writes what its stream skips to skipped.jsonl, one line a sample."""
+
+    def __init__(self, stream: Stream, path: Path, *, rank: int) -> None:
+        self._stream = stream
+        self._path = path
+        self._rank = rank
+        self.count = 0
+        self.total_steps = stream.total_steps
+
+    def iterate(self, start_step: int):  # type: ignore[no-untyped-def]
+        if self._rank == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._keep_before(start_step)
+        for data in self._stream.iterate(start_step):
+            for skipped in data.skipped:
+                self._write(data, skipped)
+            yield data
+
+    def _keep_before(self, step: int) -> None:
+        """Forget lines of steps that will be done again."""
+        old = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = [line for line in old if json.loads(line)["step"] < step]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.count = len(kept)
+
+    def _write(self, data: StepData, skipped: Skipped) -> None:
+        line = {"step": data.step, "sample_id": skipped.sample_id, "reason": skipped.reason}
+        self.count += 1
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "rank": self._rank}) + "\n")
+
+
+def _count(draft: nn.Module) -> int:
+    return sum(p.numel() for p in draft.parameters() if p.requires_grad)
+
+
+def _summary(
+    recipe: Recipe, trained: Trained, finished: Finished, wall_s: float
+) -> dict[str, Any]:
+    from specforge_ext import __version__, _C
+
+    result = trained.result
+    summary = {
+        "recipe": recipe.name,
+        "version": __version__,
+        "commit": _C.__commit__,
+        "steps": result.steps,
+        "samples_trained": result.samples_trained,
+        "samples_skipped": trained.skipped,
+        "tokens_trained": result.tokens_trained,
+        "wall_s": wall_s,
+        "train_wall_s": result.wall_s,
+        "data_wait_share": result.data_wait_s / result.wall_s if result.wall_s else 0.0,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **finished.to_dict(),
+    }
+    path = recipe.output_dir / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
