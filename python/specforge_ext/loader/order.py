@@ -99,20 +99,15 @@ def share(step: GlobalStep, lengths: Sequence[int], *, rank: int, world_size: in
 def micro_batches(
     step: GlobalStep, lengths: Sequence[int], config: OrderConfig, *, rank: int, world_size: int
 ) -> list[list[int]]:
-    """A rank's share of a step in micro-batches: the same number on every rank, none empty.
+    """A rank's share of a step in the fewest balanced micro-batches; none empty, none if no sample.
 
-    FSDP2 gathers parameters in every forward, so that ranks must run equally many.
-    Raises ValueError if the step has fewer samples than there are micro-batches.
+    Ranks may differ in their number: the trainer exchanges data once a step, not in every forward.
     """
-    shares = _balance(list(step.samples), lengths, world_size)
-    limit = config.micro_batch_tokens or sum(lengths[i] for i in step.samples)
-    bins = max(1, *(_bins_needed(part, lengths, limit) for part in shares))
-    if any(len(part) < bins for part in shares):
-        raise ValueError(
-            f"step {step.step} has {len(step.samples)} samples for {world_size} ranks with {bins} "
-            "micro-batches each; raise loader.batch_tokens (or micro_batch_tokens)"
-        )
-    return _balance(shares[rank], lengths, bins)
+    samples = share(step, lengths, rank=rank, world_size=world_size)
+    if not samples:
+        return []
+    limit = config.micro_batch_tokens or sum(lengths[i] for i in samples)
+    return _balance(samples, lengths, _bins_needed(samples, lengths, limit))
 
 
 def _bins_needed(samples: list[int], lengths: Sequence[int], limit: int) -> int:

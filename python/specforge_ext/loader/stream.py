@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specforge_ext import ops
 from specforge_ext.config import Config
@@ -37,12 +37,12 @@ class StreamConfig(Config):
 class StepData:
     """What one rank trains on in one optimizer step.
 
-    wait_s: seconds the trainer stood still for it. samples, tokens: of this rank.
+    step: index of the global step, from 0. micro_batches: any number, also none; ranks may differ.
+    wait_s: seconds this rank stood still for the data. samples, tokens: counts of this rank's part.
     skipped: samples of this rank's share that could not be produced.
     """
 
     step: int
-    epoch: int
     micro_batches: tuple[PackedBatch, ...]
     wait_s: float
     samples: int
@@ -126,15 +126,7 @@ class Stream:
         if item is None:
             return None
         wait_s = time.perf_counter() - start
-        return StepData(
-            step=item.step,
-            epoch=item.epoch,
-            micro_batches=item.micro_batches,
-            wait_s=wait_s,
-            samples=item.samples,
-            tokens=item.tokens,
-            skipped=item.skipped,
-        )
+        return replace(item, wait_s=wait_s)
 
     def _run(
         self,
@@ -181,7 +173,6 @@ class Stream:
                 batches.append(self._collate([refs[p.sample_id] for p in wanted], wanted))
         return StepData(
             step=step.step,
-            epoch=step.epoch,
             micro_batches=tuple(batches),
             wait_s=0.0,
             samples=sum(len(b.sample_ids) for b in batches),

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specforge_ext import _C, __version__
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.loader import GlobalStep, Skipped, StepData, Stream, global_steps
 from specforge_ext.methods import METHODS, Method
@@ -24,7 +27,7 @@ from specforge_ext.records import DraftVocab, TargetWeights
 from specforge_ext.runs.data import Dataset, read_dataset
 from specforge_ext.runs.finish import Finished, finish
 from specforge_ext.runs.link import ProducerLink, ProducerProcess
-from specforge_ext.runs.recipe import Recipe
+from specforge_ext.runs.recipe import Recipe, load
 from specforge_ext.runs.say import Say
 from specforge_ext.store import STORES
 from specforge_ext.trainer import Trainer, TrainResult, World, open_world
@@ -67,6 +70,21 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     return _summary(recipe, trained, finished, time.perf_counter() - began)
 
 
+def main(arguments: list[str]) -> int:
+    """`[RECIPE] [key.sub=value ...]`; no recipe is the demo.
+
+    0 when the run finished, or was stopped by SIGTERM after saving; 2 on a bad recipe.
+    """
+    named = bool(arguments) and "=" not in arguments[0]
+    try:
+        recipe = load(arguments[0] if named else None, arguments[named:])
+    except ValueError as error:
+        print(f"specforge_ext: {error}", file=sys.stderr)
+        return 2
+    run(recipe)
+    return 0
+
+
 def threads_each(recipe: Recipe, world: World) -> int:
     """CPU threads of a process: named in the recipe, or the cores over ranks and producer."""
     if recipe.run.num_threads is not None:
@@ -86,9 +104,7 @@ def _train(recipe: Recipe, method: Method, world: World, say: Say) -> Trained:
         weights = engine.weights(device=world.device, last_layer=True)
         vocab = method.vocab(dataset.train, engine.spec)
         draft = method.build(weights, vocab, seed=recipe.run.seed)
-        steps = global_steps(
-            [len(p) for p in dataset.train], recipe.order, seed=recipe.run.seed
-        )
+        steps = global_steps([len(p) for p in dataset.train], recipe.order, seed=recipe.run.seed)
         say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
         reader = STORES.get(recipe.store[0]).reader(address)
         stack.callback(reader.close)
@@ -168,7 +184,7 @@ class SkipLog:
         self.count = 0
         self.total_steps = stream.total_steps
 
-    def iterate(self, start_step: int):  # type: ignore[no-untyped-def]
+    def iterate(self, start_step: int) -> Iterator[StepData]:
         if self._rank == 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._keep_before(start_step)
@@ -195,11 +211,7 @@ def _count(draft: nn.Module) -> int:
     return sum(p.numel() for p in draft.parameters() if p.requires_grad)
 
 
-def _summary(
-    recipe: Recipe, trained: Trained, finished: Finished, wall_s: float
-) -> dict[str, Any]:
-    from specforge_ext import __version__, _C
-
+def _summary(recipe: Recipe, trained: Trained, finished: Finished, wall_s: float) -> dict[str, Any]:
     result = trained.result
     summary = {
         "recipe": recipe.name,

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
-from specforge_ext.records import PackedBatch
+from specforge_ext.loader import StepData
 
-
-@dataclass(frozen=True)
-class StepData:
-    """This rank's part of one global step.
-
-    step: index of the global step, from 0. micro_batches: any number, also none; ranks may differ.
-    wait_s: seconds this rank stood still for the data. samples, tokens: counts of this rank's part.
-    """
-
-    step: int
-    micro_batches: tuple[PackedBatch, ...]
-    wait_s: float
-    samples: int
-    tokens: int
+__all__ = ["StepData", "StepSource"]
 
 
 class StepSource(Protocol):
-    """A data plan. The order is a pure function of the plan, so the step number is its whole state.
+    """A data plan: a pure function, so that the step number is its whole state."""
 
-    total_steps: the same on every rank.
-    """
-
-    total_steps: int
+    @property
+    def total_steps(self) -> int:
+        """The same on every rank."""
+        ...
 
     def iterate(self, start_step: int) -> Iterator[StepData]:
         """Steps start_step .. total_steps - 1, each once, in order. Batches may lie on the host."""
