@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specforge_ext.methods.eagle3 import Eagle3Config, Eagle3Method, build_draft_vocab
 from specforge_ext.methods.eagle3.model import Eagle3Draft
+from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.records import (
     DraftVocab,
     PackedBatch,
@@ -248,3 +249,13 @@ def gradients(draft: Eagle3Draft) -> dict[str, Tensor]:
         assert parameter.grad is not None, name
         out[name] = parameter.grad.clone()
     return out
+
+
+def plan(draft: Eagle3Draft, mask: Tensor, lengths: Sequence[int]) -> TttPlan:
+    return build_plan(
+        mask,
+        lengths,
+        ttt_length=draft.config.ttt_length,
+        compaction=draft.config.compaction,
+        device=torch.device("cpu"),
+    )
