@@ -1,1 +1,1 @@
-
+"""Blocks that drafts share: rotary positions, norms, split attention, decoder layers."""

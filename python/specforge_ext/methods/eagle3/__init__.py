@@ -1,0 +1,13 @@
+"""EAGLE-3 (arXiv 2503.01840)."""
+
+from specforge_ext.methods.eagle3.config import Eagle3Config, default_aux_layer_ids
+from specforge_ext.methods.eagle3.method import Eagle3Method
+from specforge_ext.methods.eagle3.vocab import build_draft_vocab, count_scored_tokens
+
+__all__ = [
+    "Eagle3Config",
+    "Eagle3Method",
+    "build_draft_vocab",
+    "count_scored_tokens",
+    "default_aux_layer_ids",
+]

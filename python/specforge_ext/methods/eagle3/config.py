@@ -1,0 +1,70 @@
+"""Settings of EAGLE-3."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from specforge_ext.config import Config
+from specforge_ext.records import TargetSpec
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Eagle3Config(Config):
+    """EAGLE-3 (arXiv 2503.01840). Sizes left out are the target's.
+
+    ttt_length: steps of training-time test, 1..64. step_decay: step i weighs step_decay ** i.
+    draft_vocab_size: tokens that the draft can say; None for the whole vocabulary.
+    aux_layer_ids: HF `hidden_states` indices of the features, ascending, at least one; None for
+        [2, L / 2, L - 3] of a target with L layers, the default of SGLang and vLLM.
+    compaction: compute only rows whose result can reach the loss. Off is the same result, slower.
+    denominator: what a micro-batch's loss sum is divided by (after summing over micro-batches).
+        "scored": the rows scored at step 0. "all_positions_mean": samples times the longest sample,
+        which is SpecForge's padded batch.
+    warm_start: "none", or "target": the layer starts as the target's last decoder layer, the head
+    as
+        the rows of the target's head, and the first hidden state as the last of the features.
+    intermediate_size, num_heads, num_kv_heads, head_dim: of the draft's layer, counts.
+    """
+
+    ttt_length: Annotated[int, Field(ge=1, le=64)] = 7
+    step_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    draft_vocab_size: Positive | None = None
+    aux_layer_ids: tuple[int, ...] | None = None
+    compaction: bool = True
+    denominator: Literal["scored", "all_positions_mean"] = "scored"
+    warm_start: Literal["none", "target"] = "none"
+    intermediate_size: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+
+
+def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """HF `hidden_states` indices that SGLang and vLLM take when a draft names none.
+
+    ValueError if the target has too few layers for them to be distinct and ascending.
+    """
+    ids = (2, num_layers // 2, num_layers - 3)
+    if not ids[0] < ids[1] < ids[2]:
+        raise ValueError(
+            f"aux_layer_ids: the default [2, L/2, L-3] of a target with {num_layers} layers is "
+            f"{list(ids)}; wanted ascending ids, so name them"
+        )
+    return ids
+
+
+def aux_layer_ids(config: Eagle3Config, target: TargetSpec) -> tuple[int, ...]:
+    """The features' layers, HF `hidden_states` indices. ValueError if they are not of the
+    target.
+    """
+    if config.aux_layer_ids is None:
+        return default_aux_layer_ids(target.num_layers)
+    ids = config.aux_layer_ids
+    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > target.num_layers:
+        raise ValueError(
+            f"aux_layer_ids: wanted ascending ids from 0 to {target.num_layers}, got {list(ids)}"
+        )
+    return ids

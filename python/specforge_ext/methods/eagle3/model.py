@@ -1,0 +1,235 @@
+"""The EAGLE-3 draft and its loss over all steps of training-time test (arXiv 2503.01840, section
+3).
+
+Row t pairs the target's features of position t with the token at t + 1. At step i it sees token t +
+1 + i and the hidden state that step i - 1 left at row t, and is scored against the target's
+distribution of token t + 2 + i, which the target's hidden row u + 1, u = t + i, gives; u counts if
+its loss mask is 1 and the target's most likely token is in the draft's vocabulary.
+
+Legend of shapes: T tokens of a packed batch, C context rows, n_i rows of step i, L steps, H hidden
+size, F features' width, V target vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specforge_ext.methods.eagle3.config import Eagle3Config
+from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
+from specforge_ext.nn.attention import OwnKeys, split_attention
+from specforge_ext.nn.layer import FusedInputLayer, LayerShape
+from specforge_ext.nn.norm import RMSNorm
+from specforge_ext.nn.rope import Rope
+from specforge_ext.ops import DraftLoss, draft_loss, teacher_stats
+from specforge_ext.records import DraftVocab, TargetWeights
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """Sizes of a draft. features_width: columns of `aux`; rope_scaling: as in HF configs."""
+
+    layer: LayerShape
+    features_width: int
+    vocab_size: int
+    draft_vocab_size: int
+    rope_theta: float
+    rope_scaling: Mapping[str, object] | None
+
+
+class TttSums(NamedTuple):
+    """Sums over rows: loss [] float32 weighted by step_decay ** i, nats; the others [L].
+
+    step_loss and accepted (float), correct (count) are over `rows` (count), the rows scored at each
+    step; `labelled` counts the rows whose loss mask is 1, wherever the teacher's argmax lies.
+    """
+
+    loss: Tensor
+    step_loss: Tensor
+    correct: Tensor
+    accepted: Tensor
+    rows: Tensor
+    labelled: Tensor
+
+
+class Teacher(NamedTuple):
+    """What the target says about the rows with loss mask 1.
+
+    lse: [T] float32, nats, over the full vocabulary, 0 elsewhere. mask: [T] uint8, CPU, 1 where the
+    row counts. labelled: [T] bool, CPU, where the loss mask is 1 and the sample has a next row.
+    """
+
+    lse: Tensor
+    mask: Tensor
+    labelled: Tensor
+
+
+class Eagle3Draft(nn.Module):
+    """Parameters carry the names that engines load; what belongs to the target is in buffers.
+
+    embed_tokens: [V, H]. target_head: [V, Ht], the target's head with the draft's tokens first, so
+    that the teacher's logits over the draft's vocabulary are a slice. t2d: [V] bool; d2t: [Vd]
+    int64 offsets.
+    """
+
+    embed_tokens: Tensor
+    target_head: Tensor
+    t2d: Tensor
+    d2t: Tensor
+
+    def __init__(
+        self, config: Eagle3Config, shape: DraftShape, weights: TargetWeights, vocab: DraftVocab
+    ) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+        hidden = shape.layer.hidden_size
+        self.fc = nn.Linear(shape.features_width, hidden, bias=False)
+        self.midlayer = FusedInputLayer(shape.layer)
+        self.norm = RMSNorm(hidden, eps=shape.layer.rms_norm_eps)
+        self.lm_head = nn.Linear(hidden, shape.draft_vocab_size, bias=False)
+        self.rope = Rope(shape.layer.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling)
+        self.register_buffer("embed_tokens", weights.embed_tokens.detach(), persistent=False)
+        self.register_buffer("target_head", _draft_first(weights.lm_head, vocab), persistent=False)
+        self.register_buffer("t2d", vocab.t2d, persistent=False)
+        self.register_buffer("d2t", vocab.d2t, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        positions: Tensor,
+        aux: Tensor,
+        last: Tensor,
+        lengths: Sequence[int],
+    ) -> TttSums:
+        """input_ids, positions [T] int64, loss_mask [T] uint8, aux [T, F], last [T, Ht] (final norm
+        applied).
+        """
+        teacher = self.teacher(loss_mask, last, lengths)
+        plan = build_plan(
+            teacher.mask,
+            lengths,
+            ttt_length=self.config.ttt_length,
+            compaction=self.config.compaction,
+            device=aux.device,
+        )
+        hidden = self.backbone(plan, input_ids, positions, aux)
+        loss = self.score(plan, torch.cat(hidden), teacher, last)
+        labelled = _labelled_per_step(teacher.labelled, lengths, self.config.ttt_length)
+        return TttSums(
+            loss=loss.loss_sum,
+            step_loss=loss.step_loss,
+            correct=loss.step_correct,
+            accepted=loss.step_accepted,
+            rows=loss.step_rows,
+            labelled=labelled.to(aux.device),
+        )
+
+    @torch.no_grad()
+    def teacher(self, loss_mask: Tensor, last: Tensor, lengths: Sequence[int]) -> Teacher:
+        """Reads `last` only where the loss mask of the position before is 1."""
+        labelled = loss_mask.cpu().bool() & ~_last_of_sample(lengths)
+        rows = labelled.nonzero()[:, 0].to(last.device)
+        hidden = last.index_select(0, rows + 1).to(self.target_head.dtype)
+        row_lse, argmax = teacher_stats(hidden, self.target_head)
+        lse = row_lse.new_zeros(loss_mask.shape[0]).index_copy_(0, rows, row_lse)
+        mask = labelled.to(torch.uint8)
+        mask[labelled] = (argmax < self.shape.draft_vocab_size).cpu().to(torch.uint8)
+        return Teacher(lse=lse, mask=mask, labelled=labelled)
+
+    def backbone(
+        self, plan: TttPlan, input_ids: Tensor, positions: Tensor, aux: Tensor
+    ) -> list[Tensor]:
+        """The hidden states of each step, [n_i, H], not normed."""
+        layer, attn = self.midlayer, self.midlayer.self_attn
+        hidden = self.fuse(aux.index_select(0, plan.context))
+        x = layer.inputs(self.embed(_tokens_at(input_ids, plan.context, 1)), hidden)
+        context = attn.key_value(x, self.rope.tables(positions[plan.context]))
+        own: list[tuple[Tensor, Tensor]] = []
+        states: list[Tensor] = []
+        for i, step in enumerate(plan.steps):
+            hidden = _select(hidden, step.parent)
+            tables = self.rope.tables(positions[step.rows] + i)
+            if i:
+                x = layer.inputs(self.embed(_tokens_at(input_ids, step.rows, 1 + i)), hidden)
+                own.append(attn.key_value(x, tables))
+            else:
+                x = _select(x, step.parent)
+            own_keys = [OwnKeys(k, v, r) for (k, v), r in zip(own, step.ancestors, strict=True)]
+            attended = split_attention(attn.query(x, tables), context, step.queries, own_keys)
+            hidden = layer.finish(hidden, attended)
+            states.append(hidden)
+        return states
+
+    def score(self, plan: TttPlan, hidden: Tensor, teacher: Teacher, last: Tensor) -> DraftLoss:
+        """hidden: the rows of all steps end to end, [sum n_i, H]."""
+        rows = plan.teacher_rows
+        head = self.lm_head.weight
+        student = self.norm(hidden.index_select(0, plan.pair_source)).to(head.dtype)
+        decay = torch.tensor(
+            [self.config.step_decay**i for i in range(self.config.ttt_length)], device=hidden.device
+        )
+        return draft_loss(
+            student,
+            head,
+            last.index_select(0, rows + 1).to(self.target_head.dtype),
+            self.target_head[: self.shape.draft_vocab_size],
+            teacher.lse.index_select(0, rows),
+            row_to_teacher=plan.pair_teacher,
+            row_weight=decay[plan.pair_step.long()],
+            row_step=plan.pair_step,
+            num_steps=self.config.ttt_length,
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Target ids [...] -> [..., H], the target's embedding, in the draft's dtype."""
+        return F.embedding(token_ids, self.embed_tokens).to(self.fc.weight.dtype)
+
+    def fuse(self, aux: Tensor) -> Tensor:
+        """Features [..., F] -> the first hidden state [..., H]."""
+        out: Tensor = self.fc(aux.to(self.fc.weight.dtype))
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Un-normed hidden states [..., H] -> [..., Vd]."""
+        normed = self.norm(hidden)
+        return F.linear(normed.to(self.lm_head.weight.dtype), self.lm_head.weight)
+
+
+def _draft_first(head: Tensor, vocab: DraftVocab) -> Tensor:
+    """Rows of the head [V, H], the draft's tokens first, both parts in ascending order."""
+    if vocab.is_full:
+        return head.detach()
+    rest = (~vocab.t2d).nonzero()[:, 0]
+    order = torch.cat((vocab.target_ids, rest.to(vocab.d2t.device)))
+    return head.detach().index_select(0, order.to(head.device))
+
+
+def _last_of_sample(lengths: Sequence[int]) -> Tensor:
+    """[T] bool, CPU."""
+    out = torch.zeros(sum(lengths), dtype=torch.bool)
+    ends = torch.tensor([n for n in lengths if n], dtype=torch.int64).cumsum(0)
+    out[ends - 1] = True
+    return out
+
+
+def _labelled_per_step(labelled: Tensor, lengths: Sequence[int], ttt_length: int) -> Tensor:
+    """[L] float64, CPU: the rows t with labelled[t + i] in the same sample, of each step i."""
+    places = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])[labelled]
+    return (places[:, None] >= torch.arange(ttt_length)).sum(0).double()
+
+
+def _tokens_at(input_ids: Tensor, rows: Tensor, shift: int) -> Tensor:
+    """Token ids `shift` after each row. Beyond the batch: the last one, for rows that score
+    nothing.
+    """
+    return input_ids.index_select(0, (rows + shift).clamp_max(input_ids.shape[0] - 1))
+
+
+def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)

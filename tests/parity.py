@@ -1,0 +1,220 @@
+"""Compares our losses and gradients with recorded ones: `python tests/parity.py DIR...`.
+
+Each folder is a case in the format of tests/data/golden/README.md. Prints a line per case and
+variant with the worst relative error; exits with 1 if one is above tolerance, or unsupported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from specforge_ext.methods.eagle3 import Eagle3Config, Eagle3Method
+from specforge_ext.records import (
+    DraftVocab,
+    PackedBatch,
+    StepLoss,
+    TargetSpec,
+    TargetWeights,
+    lengths_to_cu_seqlens,
+)
+
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+
+class Unsupported(Exception):
+    """A method or option that this project does not have."""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    info: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with the prefix, without it."""
+        n = len(prefix)
+        return {key[n:]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors by name: of losses and metrics, and of gradients (of each tensor's
+    maximum).
+    """
+
+    losses: dict[str, float]
+    gradients: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return (
+            max(self.losses.values()) <= LOSS_TOLERANCE
+            and max(self.gradients.values()) <= GRADIENT_TOLERANCE
+        )
+
+
+def read_case(folder: Path) -> Case:
+    info = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    return Case(folder.name, info, load_file(folder / "tensors.safetensors"))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """max |got - expected| / max |expected|; 0 for two zeros, inf for other shapes or
+    not-a-number.
+    """
+    if got.numel() != expected.numel():
+        return float("inf")
+    got, expected = got.detach().double().flatten(), expected.double().flatten()
+    error, scale = float((got - expected).abs().max()), float(expected.abs().max())
+    if error != error:
+        return float("inf")
+    return error / scale if scale else float(error > 0)
+
+
+def eagle3_variants(case: Case) -> dict[str, Errors]:
+    options = dict(case.info["options"])
+    loss = options.pop("loss")
+    if loss != "soft_ce":
+        raise Unsupported(f"option loss={loss!r} of method 'eagle3'")
+    if options:
+        raise Unsupported(f"option {min(options)!r} of method 'eagle3'")
+    return {
+        "compaction": eagle3_errors(case, compaction=True),
+        "all rows": eagle3_errors(case, compaction=False),
+    }
+
+
+def eagle3_errors(case: Case, *, compaction: bool) -> Errors:
+    weights, vocab = eagle3_target(case)
+    method = Eagle3Method(
+        Eagle3Config(
+            ttt_length=case.info["ttt_length"],
+            draft_vocab_size=vocab.size,
+            denominator="all_positions_mean",
+            compaction=compaction,
+        )
+    )
+    draft = method.build(weights, vocab, seed=0)
+    stored = case.group("weight.")
+    draft.load_state_dict({name: stored[name] for name, _ in draft.named_parameters()})
+    result = method.step(draft, eagle3_batch(case))
+    loss = result.loss_sum / result.weight_sum
+    loss.backward()
+    expected, metrics = case.group("expect."), eagle3_metrics(result)
+    gradients = case.group("grad.")
+    return Errors(
+        losses={
+            "loss": relative_error(loss, expected["loss"]),
+            **{name: relative_error(metrics[name], expected[name]) for name in metrics},
+        },
+        gradients={
+            name: relative_error(p.grad if p.grad is not None else torch.zeros(0), gradients[name])
+            for name, p in draft.named_parameters()
+        },
+    )
+
+
+def eagle3_metrics(result: StepLoss) -> dict[str, Tensor]:
+    sums = result.metrics
+    return {
+        "step_losses": sums["loss"] / result.weight_sum,
+        "step_correct": sums["correct"],
+        "step_correct_denominator": sums["scored"],
+        "step_accuracy": sums["correct"] / sums["scored"].clamp_min(1),
+        "step_accept_rate": sums["accepted"] / sums["rows"].clamp_min(1),
+    }
+
+
+def eagle3_target(case: Case) -> tuple[TargetWeights, DraftVocab]:
+    config = case.info["config"]
+    spec = TargetSpec(
+        name=case.name,
+        model_type="llama",
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=8,
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_theta=config["rope_theta"],
+        rope_scaling=None,
+        max_position_embeddings=config["max_position_embeddings"],
+        dtype="float32",
+    )
+    tensors = case.tensors
+    weights = TargetWeights(
+        spec=spec,
+        embed_tokens=tensors["target.embed_tokens.weight"],
+        lm_head=tensors["target.lm_head.weight"],
+        final_norm=torch.ones(spec.hidden_size),
+    )
+    return weights, DraftVocab(t2d=tensors["weight.t2d"], d2t=tensors["weight.d2t"])
+
+
+def eagle3_batch(case: Case) -> PackedBatch:
+    """The padded tensors of the case, packed by the true lengths."""
+    lengths = tuple(case.info["lengths"])
+
+    def pack(name: str) -> Tensor:
+        rows = case.tensors[f"input.{name}"]
+        return torch.cat([rows[k, :n] for k, n in enumerate(lengths)])
+
+    return PackedBatch(
+        sample_ids=tuple(f"{case.name}:{k}" for k in range(len(lengths))),
+        lengths=lengths,
+        input_ids=pack("input_ids"),
+        loss_mask=pack("loss_mask"),
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        features={"aux": pack("aux_hidden"), "last": pack("last_hidden")},
+        cu_seqlens=lengths_to_cu_seqlens(lengths),
+    )
+
+
+VARIANTS: dict[str, Callable[[Case], dict[str, Errors]]] = {"eagle3": eagle3_variants}
+
+
+def run(folder: Path) -> bool:
+    """Prints the lines of one case; True if it passed."""
+    case = read_case(folder)
+    method = case.info["method"]
+    try:
+        if method not in VARIANTS:
+            raise Unsupported(f"method {method!r}")
+        results = VARIANTS[method](case)
+    except Unsupported as reason:
+        print(f"{case.name:18} FAIL  unsupported {reason}")
+        return False
+    for variant, errors in results.items():
+        loss = max(errors.losses, key=errors.losses.__getitem__)
+        gradient = max(errors.gradients, key=errors.gradients.__getitem__)
+        print(
+            f"{case.name:18} {'ok  ' if errors.passed else 'FAIL'}  {variant:12} "
+            f"losses {errors.losses[loss]:.1e} ({loss})  "
+            f"gradients {errors.gradients[gradient]:.1e} ({gradient})"
+        )
+    return all(errors.passed for errors in results.values())
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    folders = parser.parse_args(arguments).folders
+    return 0 if all([run(folder) for folder in folders]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""The recorded EAGLE-3 cases, and what the comparison says of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.mark.parametrize("name", ["eagle3_cold", "eagle3_trained", "eagle3_ragged"])
+def test_recorded_losses_and_gradients(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(GOLDEN / name)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[name, "ok"]] * 2
+    assert "compaction" in lines[0] and "all rows" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("eagle3_lkalpha", "unsupported option loss='lk_alpha' of method 'eagle3'"),
+        ("dflash_cold", "unsupported method 'dflash'"),
+    ],
+)
+def test_unsupported_is_a_failure(
+    name: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parity.main([str(GOLDEN / "eagle3_cold"), str(GOLDEN / name)]) == 1
+    out = capsys.readouterr().out
+    assert reason in out and "eagle3_cold" in out
+
+
+def test_wrong_numbers_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = parity.read_case(GOLDEN / "eagle3_ragged")
+    case.tensors["grad.fc.weight"][0, 0] += 1e-3 * case.tensors["grad.fc.weight"].abs().max()
+    monkeypatch.setattr(parity, "read_case", lambda folder: case)
+    assert parity.main(["anything"]) == 1
+
+
+def test_relative_error_of_bad_numbers_is_infinite() -> None:
+    one = torch.ones(3)
+    assert parity.relative_error(one * float("nan"), one) == float("inf")
+    assert parity.relative_error(one[:2], one) == float("inf")
+    assert parity.relative_error(torch.zeros(3), torch.zeros(3)) == 0
