@@ -1,0 +1,63 @@
+"""The three matrix products of a head, into memory that is given, for every dtype and device.
+
+Where the hardware multiplies bf16, logits and their gradients are bf16. A CPU that only emulates it
+(measured: 0.3 GFLOP/s on AVX2) gets float32 logits instead, and weights upcast block by block.
+Legend: N rows, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from specforge_ext import _C
+
+_BLOCK_BYTES = 16 << 20
+
+
+def logits_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which logits of this hidden state are computed."""
+    if hidden.device.type == "cpu" and hidden.dtype != torch.float32 and not _C.has_fast_bf16():
+        return torch.float32
+    return hidden.dtype
+
+
+def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> None:
+    """out = hidden head^T."""
+    if out_NV.dtype == head_VH.dtype:
+        torch.mm(hidden_NH, head_VH.t(), out=out_NV)
+        return
+    hidden_NH = hidden_NH.to(out_NV.dtype)
+    for rows in _blocks(head_VH):
+        torch.mm(hidden_NH, head_VH[rows].to(out_NV.dtype).t(), out=out_NV[:, rows])
+
+
+def hidden_grad_into(out_NH: Tensor, grad_NV: Tensor, head_VH: Tensor) -> None:
+    """out = grad head."""
+    if grad_NV.dtype == head_VH.dtype:
+        torch.mm(grad_NV, head_VH, out=out_NH)
+        return
+    total_NH = torch.zeros(out_NH.shape, dtype=grad_NV.dtype, device=out_NH.device)
+    for rows in _blocks(head_VH):
+        total_NH.addmm_(grad_NV[:, rows], head_VH[rows].to(grad_NV.dtype))
+    out_NH.copy_(total_NH)
+
+
+def add_head_grad(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
+    """total += grad^T hidden; total is float32 whatever the others are."""
+    if grad_NV.dtype == torch.float32:
+        total_VH.addmm_(grad_NV.t(), hidden_NH.to(torch.float32))
+    elif grad_NV.device.type == "cuda":
+        torch.addmm(total_VH, grad_NV.t(), hidden_NH, out_dtype=torch.float32, out=total_VH)
+    else:
+        for rows in _blocks(total_VH):
+            total_VH[rows] += torch.mm(grad_NV[:, rows].t(), hidden_NH)
+
+
+def _blocks(head_VH: Tensor) -> Iterator[slice]:
+    """Slices of the vocabulary, at most _BLOCK_BYTES of float32 weights each."""
+    size = max(1, _BLOCK_BYTES // (4 * head_VH.shape[1]))
+    for start in range(0, head_VH.shape[0], size):
+        yield slice(start, min(start + size, head_VH.shape[0]))
