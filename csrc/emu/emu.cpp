@@ -1,0 +1,421 @@
+// The scheduler and the fibers. Compiled WITHOUT sanitizer instrumentation even in sanitizer builds
+// (SF_EMU_TSAN / SF_EMU_ASAN then only switch the fiber annotations on): its own bookkeeping must
+// neither race in TSan's eyes nor order the kernel's memory.
+#include "emu/emu.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the emulator switches x86-64 stacks"
+#endif
+
+#if defined(SF_EMU_TSAN)
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#endif
+#if defined(SF_EMU_ASAN)
+extern "C" {
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
+void __asan_unpoison_memory_region(const volatile void* address, size_t size);
+}
+#endif
+
+extern "C" void sf_emu_switch(void** save_sp, void* load_sp);
+asm(R"(
+.text
+.globl sf_emu_switch
+.type sf_emu_switch, @function
+sf_emu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size sf_emu_switch, .-sf_emu_switch
+)");
+
+namespace sf::emu {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kPage = 4096;
+constexpr size_t kStackBytes = 32 * kPage;
+constexpr size_t kSharedAlignment = 128;
+
+enum class State { kReady, kAtBarrier, kAtCollective, kReturned };
+
+struct Place {
+  const char* what = "";
+  const char* file = "";
+  int line = 0;
+  bool operator==(const Place& other) const {
+    return line == other.line && std::strcmp(file, other.file) == 0 &&
+           std::strcmp(what, other.what) == 0;
+  }
+  std::string text() const {
+    return std::string(what) + " at " + file + ":" + std::to_string(line);
+  }
+};
+
+struct Fiber {
+  void* sp = nullptr;
+  char* stack = nullptr;  // lowest usable byte
+  State state = State::kReturned;
+  Place place;  // where it waits
+  ThreadContext context;
+#if defined(SF_EMU_TSAN)
+  void* tsan = nullptr;
+#endif
+#if defined(SF_EMU_ASAN)
+  void* fake_stack = nullptr;
+#endif
+};
+
+struct Warp {
+  unsigned arrived = 0;
+  unsigned generation =
+      0;  // parity picks the slot set: a lane can be one collective ahead, not two
+  uint64_t slots[2][kWarp] = {};
+};
+
+struct Machine {
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
+  std::vector<Warp> warps = std::vector<Warp>(kMaxThreads / kWarp);
+  unsigned num_threads = 0;
+  unsigned at_barrier = 0;
+  unsigned running = 0;  // index of the fiber on the core
+  void* scheduler_sp = nullptr;
+  std::exception_ptr failure;
+  Body body = nullptr;
+  void* closure = nullptr;
+  std::unique_ptr<void, decltype(&std::free)> shared{nullptr, &std::free};
+  size_t shared_bytes = 0;
+  Order order = Order::kForward;
+  uint64_t random = 1;
+  bool in_grid = false;
+#if defined(SF_EMU_TSAN)
+  void* tsan = nullptr;
+#endif
+#if defined(SF_EMU_ASAN)
+  void* fake_stack = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+#endif
+};
+
+Machine machine;
+
+uint64_t next_random() {  // xorshift64
+  machine.random ^= machine.random << 13;
+  machine.random ^= machine.random >> 7;
+  machine.random ^= machine.random << 17;
+  return machine.random;
+}
+
+void arrange(std::vector<unsigned>& order) {
+  if (machine.order != Order::kRandom) return;
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
+}
+
+std::vector<unsigned> arranged(unsigned count) {
+  std::vector<unsigned> order(count);
+  for (unsigned i = 0; i < count; ++i) {
+    order[i] = machine.order == Order::kReverse ? count - 1 - i : i;
+  }
+  arrange(order);
+  return order;
+}
+
+void order_memory([[maybe_unused]] void* address, [[maybe_unused]] bool acquire) {
+#if defined(SF_EMU_TSAN)
+  if (acquire) {
+    __tsan_acquire(address);
+  } else {
+    __tsan_release(address);
+  }
+#endif
+}
+
+void to_scheduler() {
+  Fiber& fiber = machine.fibers[machine.running];
+#if defined(SF_EMU_TSAN)
+  __tsan_switch_to_fiber(machine.tsan, 1);  // 1: the switch itself orders nothing
+#endif
+#if defined(SF_EMU_ASAN)
+  __sanitizer_start_switch_fiber(fiber.state == State::kReturned ? nullptr : &fiber.fake_stack,
+                                 machine.stack_bottom, machine.stack_size);
+#endif
+  sf_emu_switch(&fiber.sp, machine.scheduler_sp);
+#if defined(SF_EMU_ASAN)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void to_fiber(unsigned index) {
+  Fiber& fiber = machine.fibers[index];
+  machine.running = index;
+  threadIdx = fiber.context.thread;
+  blockIdx = fiber.context.block;
+  blockDim = fiber.context.block_dim;
+  gridDim = fiber.context.grid_dim;
+#if defined(SF_EMU_TSAN)
+  __tsan_switch_to_fiber(fiber.tsan, 1);
+#endif
+#if defined(SF_EMU_ASAN)
+  __sanitizer_start_switch_fiber(&machine.fake_stack, fiber.stack, kStackBytes - kPage);
+#endif
+  sf_emu_switch(&machine.scheduler_sp, fiber.sp);
+#if defined(SF_EMU_ASAN)
+  __sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void fiber_main() {
+#if defined(SF_EMU_ASAN)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
+#endif
+  order_memory(&machine.num_threads, true);  // what earlier blocks and the host wrote
+  try {
+    machine.body(machine.closure);
+  } catch (...) {
+    machine.failure = std::current_exception();
+  }
+  order_memory(&machine.num_threads, false);
+  machine.fibers[machine.running].state = State::kReturned;
+  to_scheduler();
+  std::abort();  // a returned fiber is never resumed
+}
+
+void make_stack(Fiber& fiber) {
+  void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) {
+    throw Error("emu: no memory for a fiber's stack");
+  }
+  fiber.stack = static_cast<char*>(memory) + kPage;
+#if defined(SF_EMU_TSAN)
+  fiber.tsan = __tsan_create_fiber(0);
+#endif
+}
+
+void reset_fiber(Fiber& fiber) {
+  if (!fiber.stack) make_stack(fiber);
+#if defined(SF_EMU_ASAN)
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes - kPage);
+#endif
+  // Six zeroed registers, then the address that `ret` takes; 16-aligned plus 8, as after a call.
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - kPage) - 2;
+  *top = reinterpret_cast<void*>(&fiber_main);
+  std::memset(top - 6, 0, 6 * sizeof(void*));
+  fiber.sp = top - 6;
+  fiber.state = State::kReady;
+}
+
+std::string thread_name(unsigned index) {
+  return "thread " + std::to_string(index) + " of block " +
+         std::to_string(machine.fibers[index].context.block.x);
+}
+
+[[noreturn]] void divergent(const Place& place, unsigned index, const std::string& other) {
+  throw Error("emu: divergent barrier: " + thread_name(index) + " waits in " + place.text() + ", " +
+              other);
+}
+
+// No fiber can run and not all have returned: say who waits where and for whom.
+[[noreturn]] void report_deadlock() {
+  unsigned waiting = 0;
+  while (machine.fibers[waiting].state == State::kReturned) ++waiting;
+  const Fiber& first = machine.fibers[waiting];
+  for (unsigned i = 0; i < machine.num_threads; ++i) {
+    const Fiber& fiber = machine.fibers[i];
+    if (fiber.state == State::kReturned)
+      divergent(first.place, waiting, thread_name(i) + " has returned");
+    if (!(fiber.place == first.place)) {
+      divergent(first.place, waiting, thread_name(i) + " in " + fiber.place.text());
+    }
+  }
+  divergent(first.place, waiting, "and no thread can go on");
+}
+
+void wait_here(State state, const Place& place) {
+  Fiber& fiber = machine.fibers[machine.running];
+  fiber.state = state;
+  fiber.place = place;
+  to_scheduler();
+}
+
+void check_mask(unsigned mask, const Place& place) {
+  if (mask != kFullMask) throw Error("emu: " + place.text() + ": only the full mask is supported");
+}
+
+// Waits until all 32 lanes are in the same collective; returns the generation that it completed.
+unsigned join_warp(const Place& place) {
+  const unsigned index = machine.running;
+  Warp& warp = machine.warps[index / kWarp];
+  const unsigned first = index / kWarp * kWarp;
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    const Fiber& fiber = machine.fibers[i];
+    if (fiber.state == State::kAtCollective && !(fiber.place == place)) {
+      divergent(fiber.place, i, thread_name(index) + " in " + place.text());
+    }
+  }
+  const unsigned generation = warp.generation;
+  if (++warp.arrived < kWarp) {
+    wait_here(State::kAtCollective, place);
+    return generation;
+  }
+  warp.arrived = 0;
+  ++warp.generation;
+  for (unsigned i = first; i < first + kWarp; ++i) machine.fibers[i].state = State::kReady;
+  return generation;
+}
+
+void run_block(Index3 block_index, Index3 grid, Index3 block, std::vector<unsigned>& order) {
+  if (machine.shared) std::memset(machine.shared.get(), 0xff, machine.shared_bytes);
+  machine.at_barrier = 0;
+  for (Warp& warp : machine.warps) warp = Warp{};
+  for (unsigned i = 0; i < machine.num_threads; ++i) {
+    Fiber& fiber = machine.fibers[i];
+    reset_fiber(fiber);
+    const Index3 thread{i % block.x, i / block.x % block.y, i / block.x / block.y};
+    fiber.context = {thread, block_index, block, grid};
+  }
+  order_memory(&machine.num_threads, false);
+  unsigned alive = machine.num_threads;
+  while (alive > 0) {
+    bool progress = false;
+    for (unsigned index : order) {
+      if (machine.fibers[index].state != State::kReady) continue;
+      progress = true;
+      to_fiber(index);
+      if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
+      if (machine.fibers[index].state == State::kReturned) --alive;
+    }
+    if (!progress) report_deadlock();
+    arrange(order);
+  }
+  order_memory(&machine.num_threads, true);
+}
+
+// Leaves the machine ready for the next launch, also after an exception.
+struct GridScope {
+  GridScope() {
+    if (machine.in_grid) throw Error("emu: a kernel launched a kernel");
+    machine.in_grid = true;
+  }
+  ~GridScope() {
+    machine.in_grid = false;
+    machine.shared.reset();
+    machine.shared_bytes = 0;
+  }
+};
+
+}  // namespace
+
+void set_order(Order order, uint64_t seed) {
+  machine.order = order;
+  machine.random = seed * 0x9e3779b97f4a7c15u | 1u;
+}
+
+void run_grid(Index3 grid, Index3 block, size_t shared_bytes, Body body, void* closure) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0) {
+    throw Error("emu: a block must have 32 to 1024 threads in whole warps, got " +
+                std::to_string(threads));
+  }
+  const GridScope scope;
+  machine.num_threads = static_cast<unsigned>(threads);
+  machine.body = body;
+  machine.closure = closure;
+  machine.shared_bytes = shared_bytes;
+  if (shared_bytes > 0) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kSharedAlignment, shared_bytes) != 0) throw std::bad_alloc();
+    machine.shared.reset(memory);
+  }
+#if defined(SF_EMU_TSAN)
+  machine.tsan = __tsan_get_current_fiber();
+#endif
+  std::vector<unsigned> order = arranged(machine.num_threads);
+  for (unsigned linear : arranged(grid.x * grid.y * grid.z)) {
+    const Index3 index{linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
+    run_block(index, grid, block, order);
+  }
+}
+
+void* shared_memory(size_t num_bytes) {
+  if (num_bytes > machine.shared_bytes) {
+    throw Error("emu: the kernel uses " + std::to_string(num_bytes) +
+                " bytes of shared memory, the launch gave " + std::to_string(machine.shared_bytes));
+  }
+  return machine.shared.get();
+}
+
+void sync_threads(const char* file, int line) {
+  const Place place{"__syncthreads", file, line};
+  order_memory(&machine.at_barrier, false);
+  if (++machine.at_barrier < machine.num_threads) {
+    wait_here(State::kAtBarrier, place);
+  } else {
+    machine.fibers[machine.running].place = place;
+    for (unsigned i = 0; i < machine.num_threads; ++i) {
+      const Fiber& fiber = machine.fibers[i];
+      if (!(fiber.place == place)) {
+        divergent(fiber.place, i, thread_name(machine.running) + " in " + place.text());
+      }
+    }
+    for (unsigned i = 0; i < machine.num_threads; ++i) machine.fibers[i].state = State::kReady;
+    machine.at_barrier = 0;
+  }
+  order_memory(&machine.at_barrier, true);
+}
+
+void sync_warp(unsigned mask, const char* file, int line) {
+  const Place place{"__syncwarp", file, line};
+  check_mask(mask, place);
+  Warp& warp = machine.warps[machine.running / kWarp];
+  order_memory(&warp, false);
+  join_warp(place);
+  order_memory(&warp, true);
+}
+
+const uint64_t* exchange(unsigned mask, uint64_t bits, const char* what, const char* file,
+                         int line) {
+  const Place place{what, file, line};
+  check_mask(mask, place);
+  Warp& warp = machine.warps[machine.running / kWarp];
+  warp.slots[warp.generation & 1][machine.running % kWarp] = bits;
+  return warp.slots[join_warp(place) & 1];
+}
+
+unsigned lane() { return machine.running % kWarp; }
+
+}  // namespace sf::emu
+
+sf::emu::Index3 threadIdx, blockIdx, blockDim, gridDim;
