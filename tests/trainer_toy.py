@@ -178,7 +178,12 @@ def config(**settings: Any) -> TrainerConfig:
 def torchrun(specs: Sequence[Mapping[str, Any]], folder: Path, *, ranks: int = 2) -> str:
     """Run trainer_worker.py on the specs one after the other; its output. See `start`."""
     process = start(specs, folder, ranks=ranks)
-    output, _ = process.communicate(timeout=90)
+    try:
+        output, _ = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        output, _ = process.communicate(timeout=60)
+        return f"{output}\nno end within 90 s"
     return f"{output}\nexit code {process.returncode}"
 
 

@@ -52,6 +52,7 @@ def run(spec: dict[str, Any], world: World) -> None:
     )
     method = toy.ToyMethod(poison=spec.get("poison", {}))
     folder = Path(spec["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         trainer = Trainer(
             toy.config(**spec.get("config", {})),

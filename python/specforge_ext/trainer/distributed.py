@@ -7,6 +7,7 @@ process after the deadline.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -138,7 +140,17 @@ def _join(place: dict[str, int], device: torch.device, timeout_s: float) -> None
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a process group, and a second group would read the addresses
+        # that the first one left there: each has a prefix of its own.
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(f"specforge_ext/{next(_OPENED)}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device_id,
+        )
     except RuntimeError as error:
         raise CollectiveError(
             f"rank {place['RANK']}: no meeting of {place['WORLD_SIZE']} ranks at {where} within "
@@ -146,6 +158,7 @@ def _join(place: dict[str, int], device: torch.device, timeout_s: float) -> None
         ) from error
 
 
+_OPENED = itertools.count()
 _HOST_GROUPS: dict[str, dist.ProcessGroup] = {}
 
 

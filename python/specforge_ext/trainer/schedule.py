@@ -20,7 +20,7 @@ def learning_rate(config: TrainerConfig, step: int, total_steps: int) -> float:
     """
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * ((step + 1) / warmup)
     if config.schedule == "constant":
         return config.lr
     done = (step - warmup) / (total_steps - warmup)

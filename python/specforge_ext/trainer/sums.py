@@ -64,10 +64,12 @@ class MetricSums:
             self._world.gather(mine, "layout of the metrics")
         ):
             for name, shape in their_shapes.items():
-                if len(shape) > 1 or shapes.setdefault(name, shape) != shape:
+                known = shapes.setdefault(name, shape)
+                if len(shape) > 1 or known != shape:
+                    wanted = "[] or [K]" if len(shape) > 1 else str(list(known))
                     raise ValueError(
-                        f"StepLoss.metrics[{name!r}] of rank {rank}: wanted "
-                        f"{list(shapes.get(name, ('K',)))[:1]}, got {list(shape)}"
+                        f"StepLoss.metrics[{name!r}] of rank {rank}: wanted {wanted}, "
+                        f"got {list(shape)}"
                     )
             ratios.update(their_ratios)
         for name, denominator in ratios.items():

@@ -1,0 +1,238 @@
+"""Two ranks under torchrun, over gloo. One job runs many cases, because a start costs seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trainer_toy as toy
+from specforge_ext.trainer.distributed import World, open_world
+from specforge_ext.trainer.loop import Trainer
+
+STEPS = 8
+EVERY_2 = {"checkpoint": {"every_steps": 2, "keep_last": 9}}
+EVEN: toy.Layout = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+LAYOUTS: dict[str, toy.Layout] = {
+    "even": EVEN,
+    "uneven": [[[0]], [[1, 2, 3], [4, 5], [6, 7]]],  # other weights, other numbers of batches
+    "idle": [[], [[0, 1, 2, 3], [4, 5, 6, 7]]],  # rank 0 has no metrics of its own either
+}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with open_world(device="cpu", timeout_s=30) as world:
+        yield world
+
+
+@dataclass
+class Outcome:
+    folder: Path
+    output: str
+    seconds: float
+
+    def load(self, name: str) -> dict[str, Any]:
+        file = self.folder / name / f"{name}.pt"
+        assert file.exists(), self.output
+        return dict(torch.load(file, weights_only=True))
+
+    def errors(self, name: str) -> list[str]:
+        files = [self.folder / name / f"{name}.error{rank}" for rank in (0, 1)]
+        assert all(file.exists() for file in files), self.output
+        return [file.read_text() for file in files]
+
+
+def one_rank(world: World, folder: Path, *, max_steps: int | None = None, **kwargs: Any) -> Trainer:
+    return Trainer(
+        toy.config(**EVERY_2),
+        toy.ToyMethod(),
+        toy.make_draft(),
+        toy.ToySource(STEPS, faults={max_steps - 1: "term"} if max_steps else {}, **kwargs),
+        output_dir=folder,
+        world=world,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(world: World, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """What one rank makes of the same global batches."""
+    trainer = one_rank(world, tmp_path_factory.mktemp("one"))
+    trainer.fit()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def job(world: World, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Every case in which no process dies. The last one leaves the ranks apart."""
+    folder = tmp_path_factory.mktemp("job")
+    # Three steps of one rank, for two ranks to go on from.
+    one_rank(world, folder / "grow", max_steps=3).fit()
+
+    def spec(name: str, **more: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "output_dir": str(folder / name),
+            "total_steps": STEPS,
+            "layout": EVEN,
+            "config": EVERY_2,
+            **more,
+        }
+
+    specs = [
+        *(spec(name, layout=layout) for name, layout in LAYOUTS.items()),
+        spec("grow"),
+        spec("masked", masked_steps=[1], layout=LAYOUTS["uneven"]),
+        spec("calm", dropout=0.3),
+        spec("half", config={"precision": "bfloat16"}, layout=LAYOUTS["idle"]),
+        spec("term", dropout=0.3, faults={1: {4: "term"}}),
+        spec("term2", dropout=0.3, output_dir=str(folder / "term")),
+        spec("poison", poison={"s3.5": float("inf")}, expect="NonFiniteError"),
+        spec("differ", draft_seed=[0, 1], expect="ValueError"),
+        spec(
+            "stuck",
+            config={"collective_timeout_s": 1.5},
+            faults={1: {3: "sleep:4"}},
+            expect="CollectiveError",
+        ),
+    ]
+    start = time.monotonic()
+    output = toy.torchrun(specs, folder)
+    assert output.endswith("exit code 0"), output
+    return Outcome(folder, output, time.monotonic() - start)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def steps_in(folder: Path) -> list[int]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "grow"])
+def test_two_ranks_equal_one(job: Outcome, one: Trainer, name: str) -> None:
+    two = job.load(name)
+    assert distance(two["draft"], one.full_state_dict()) < 1e-6
+    assert distance(two["draft"], toy.make_draft().state_dict()) > 1e-3
+    moments = {k: v.full_tensor() for k, v in one._optimizer.state().items()}
+    assert distance(two["moments"], moments) < 1e-6
+    assert two["result"]["samples_trained"] == STEPS * toy.SAMPLES_PER_STEP
+    assert two["result"]["resumed_step"] == (3 if name == "grow" else 0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_metrics_are_of_all_ranks(job: Outcome, one: Trainer, name: str) -> None:
+    mine = (one._output_dir / "metrics.jsonl").read_text().splitlines()
+    theirs = (job.folder / name / "metrics.jsonl").read_text().splitlines()
+    assert len(mine) == len(theirs) == STEPS
+    for a, b in zip(map(json.loads, mine), map(json.loads, theirs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        for key in ("step", "lr", "weight", "samples", "tokens", "metrics"):
+            assert a[key] == b[key]
+
+
+def test_one_rank_goes_on_from_two(
+    job: Outcome, one: Trainer, world: World, tmp_path: Path
+) -> None:
+    start = job.folder / "even" / "checkpoints" / "step_00000004"
+    trainer = one_rank(world, tmp_path)
+    config = toy.config(checkpoint={"resume": str(start)})
+    trainer = Trainer(
+        config, toy.ToyMethod(), toy.make_draft(), toy.ToySource(STEPS),
+        output_dir=tmp_path, world=world,
+    )  # fmt: skip
+    trainer._checkpointer.load(start, trainer._tensors())
+    exact = {k: v.full_tensor() for k, v in trainer._optimizer.state().items()}
+    assert max(float(v.abs().max()) for v in exact.values()) > 0
+    assert trainer.fit().resumed_step == 4
+    assert distance(trainer.full_state_dict(), one.full_state_dict()) < 1e-6
+
+
+def test_step_without_weight(job: Outcome) -> None:
+    result = job.load("masked")["result"]
+    assert result["samples_trained"] == (STEPS - 1) * toy.SAMPLES_PER_STEP
+    line = json.loads((job.folder / "masked" / "metrics.jsonl").read_text().splitlines()[1])
+    assert (line["loss"], line["weight"]) == (None, 0)
+    assert job.output.count("step 1 skipped: no rank has a scored token") == 1
+
+
+def test_bfloat16_with_an_idle_rank(job: Outcome, one: Trainer) -> None:
+    half = job.load("half")["draft"]
+    whole = one.full_state_dict()
+    moved = distance(whole, toy.make_draft().state_dict())
+    assert 0 < distance(half, whole) < 0.5 * moved
+
+
+def test_non_finite_loss_is_named_on_every_rank(job: Outcome) -> None:
+    wanted = "step 3: loss or weight is not finite: rank 1 micro-batch 0 (loss inf, weight "
+    for text in job.errors("poison"):
+        assert text.startswith(wanted)
+        assert text.endswith("samples s3.4, s3.5")
+
+
+def test_drafts_that_differ_are_refused(job: Outcome) -> None:
+    for text in job.errors("differ"):
+        assert "draft: wanted the same tensors on every rank, but 'block.down.weight'" in text
+        assert "(4 differ in all)" in text
+
+
+def test_sigterm_to_one_rank_stops_all(job: Outcome) -> None:
+    """Only rank 1 was signalled. The exit code of the job is 0, see `job`."""
+    first, second = (
+        job.load("term")["result"],
+        torch.load(job.folder / "term" / "term2.pt", weights_only=True),
+    )
+    assert (first["stopped_by_signal"], first["steps"]) == (True, 5)
+    assert (second["result"]["resumed_step"], second["result"]["steps"]) == (5, STEPS)
+    calm = job.load("calm")
+    assert distance(second["draft"], calm["draft"]) == 0
+    assert distance(second["moments"], calm["moments"]) == 0
+    assert steps_in(job.folder / "term") == list(range(1, STEPS + 1))
+
+
+def test_stuck_rank_is_an_error_within_the_deadline(job: Outcome) -> None:
+    first, _ = job.errors("stuck")
+    assert first.startswith("rank 0 of 2: ")
+    assert "no answer from another rank (deadline 1.5 s)" in first
+
+
+def test_kill_at_a_random_step_then_resume(job: Outcome, tmp_path: Path) -> None:
+    """SIGKILL of one rank: the other fails with a clear error; nothing is lost or doubled."""
+    at, rank = random.randrange(1, STEPS), random.randrange(2)
+    spec = {
+        "name": "kill",
+        "output_dir": str(tmp_path / "kill"),
+        "total_steps": STEPS,
+        "layout": EVEN,
+        "config": {**EVERY_2, "collective_timeout_s": 20},
+        "dropout": 0.3,
+    }
+    killed = {**spec, "faults": {rank: {at: "kill"}}, "expect": "CollectiveError"}
+    start = time.monotonic()
+    output = toy.torchrun([killed], tmp_path / "first")
+    assert not output.endswith("exit code 0"), output
+    assert time.monotonic() - start < 30
+    error = (tmp_path / "kill" / f"kill.error{1 - rank}").read_text()
+    assert f"rank {1 - rank} of 2: " in error and "it died or is stuck" in error
+
+    output = toy.torchrun([spec], tmp_path / "second")
+    assert output.endswith("exit code 0"), output
+    state = torch.load(tmp_path / "kill" / "kill.pt", weights_only=True)
+    calm = job.load("calm")
+    assert state["result"]["resumed_step"] == at // 2 * 2, f"killed rank {rank} at step {at}"
+    assert state["result"]["samples_trained"] == STEPS * toy.SAMPLES_PER_STEP
+    assert distance(state["draft"], calm["draft"]) == 0, f"killed rank {rank} at step {at}"
+    assert distance(state["moments"], calm["moments"]) == 0
+    assert steps_in(tmp_path / "kill") == list(range(1, STEPS + 1))
