@@ -1,7 +1,180 @@
+// The arena for specforge_ext.store.shm: buffers for pointers, Python's errors for ours.
+#include <pybind11/stl.h>
+#include <pybind11/typing.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+
 #include "bindings.h"
+#include "core/crc32c.h"
+#include "core/error.h"
+#include "transport/arena.h"
+#include "transport/errors.h"
+
+namespace py = pybind11;
 
 namespace sf {
+namespace {
 
-void bind_transport(pybind11::module_&) {}
+template <typename... Args>
+void raise_store_error(const char* name, const Args&... args) {
+  const py::object type = py::module_::import("specforge_ext.store.base").attr(name);
+  const py::object error = type(args...);
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr p) {
+  try {
+    if (p) std::rethrow_exception(p);
+  } catch (const StaleRef& e) {
+    raise_store_error("StaleRef", e.what());
+  } catch (const CorruptFeature& e) {
+    raise_store_error("CorruptFeature", e.what());
+  } catch (const ProducerLost& e) {
+    raise_store_error("ProducerLost", e.what());
+  } catch (const StoreFull& e) {
+    raise_store_error("StoreFull", e.needed, e.available);
+  } catch (const TransferTimeout& e) {
+    raise_store_error("TransferTimeout", e.what_for, e.waited_s);
+  } catch (const TransportError& e) {
+    raise_store_error("StoreError", e.what());
+  }
+}
+
+void expect_range(uint64_t offset, uint64_t nbytes, uint64_t available) {
+  if (offset <= available && nbytes <= available - offset) return;
+  throw ArgumentError("arena: range must lie within " + std::to_string(available) + " bytes, got " +
+                      std::to_string(nbytes) + " at " + std::to_string(offset));
+}
+
+template <typename Extent>
+uint32_t checksum(const Extent& self, uint64_t offset, uint64_t nbytes) {
+  expect_range(offset, nbytes, self.nbytes());
+  const py::gil_scoped_release unlocked;
+  return crc32c(self.data() + offset, nbytes);
+}
+
+std::optional<uint32_t> write(Reservation& self, uint64_t offset, const py::buffer& source,
+                              bool with_checksum) {
+  const py::buffer_info info = source.request();
+  const auto nbytes = static_cast<uint64_t>(info.size * info.itemsize);
+  if (!self.open())
+    throw ArgumentError("arena: reservation must be open, it was published or aborted");
+  if (PyBuffer_IsContiguous(info.view(), 'C') == 0) {
+    throw ArgumentError("arena: source must be contiguous");
+  }
+  expect_range(offset, nbytes, self.nbytes());
+  const py::gil_scoped_release unlocked;
+  if (with_checksum) return copy_crc32c(self.data() + offset, info.ptr, nbytes);
+  std::memcpy(self.data() + offset, info.ptr, nbytes);
+  return std::nullopt;
+}
+
+std::unique_ptr<Reservation> acquire(Producer& self, uint64_t nbytes, double timeout_s) {
+  const py::gil_scoped_release unlocked;
+  return std::make_unique<Reservation>(self.acquire(nbytes, timeout_s, [] {
+    const py::gil_scoped_acquire locked;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }));
+}
+
+py::typing::Dict<py::str, py::int_> stats(Producer& self) {
+  const ArenaStats now = self.stats();
+  const auto count = [&](SlotState state) { return now.slots[static_cast<uint8_t>(state)]; };
+  py::typing::Dict<py::str, py::int_> out;
+  out["capacity_bytes"] = now.capacity_bytes;
+  out["used_bytes"] = now.used_bytes;
+  out["largest_free_bytes"] = now.largest_free_bytes;
+  out["slots_free"] = count(SlotState::kFree);
+  out["slots_writing"] = count(SlotState::kWriting);
+  out["slots_ready"] = count(SlotState::kReady);
+  out["slots_leased"] = count(SlotState::kLeased);
+  out["slots_draining"] = count(SlotState::kDraining);
+  out["num_readers"] = now.num_consumers;
+  return out;
+}
+
+py::buffer_info bytes_of(const std::byte* data, uint64_t nbytes) {
+  // Never marked read-only, for torch knows no such tensors and warns. A write through a reader's
+  // view faults, because the pages are.
+  return py::buffer_info(const_cast<std::byte*>(data), 1, "B", static_cast<py::ssize_t>(nbytes));
+}
+
+void bind_producer(py::module_& m) {
+  py::class_<Reservation>(m, "ArenaReservation", py::buffer_protocol())
+      .def_buffer([](Reservation& self) { return bytes_of(self.data(), self.nbytes()); })
+      .def_property_readonly("slot", [](const Reservation& self) { return self.ref().slot; })
+      .def_property_readonly("generation",
+                             [](const Reservation& self) { return self.ref().generation; })
+      .def_property_readonly("nbytes", &Reservation::nbytes)
+      .def_property_readonly("is_open", &Reservation::open)
+      .def("write", &write, py::arg("offset"), py::arg("source"), py::arg("checksum"),
+           "Copy contiguous bytes in; their crc32c if `checksum`. Runs without the GIL.")
+      .def("crc32c", &checksum<Reservation>, py::arg("offset"), py::arg("nbytes"))
+      .def("publish", &Reservation::publish)
+      .def("abort", &Reservation::abort);
+
+  py::class_<Producer, std::shared_ptr<Producer>>(m, "ArenaProducer")
+      .def(py::init([](uint64_t capacity_bytes, uint32_t max_slots) {
+             const py::gil_scoped_release unlocked;
+             return Producer::create(capacity_bytes, max_slots);
+           }),
+           py::arg("capacity_bytes"), py::arg("max_slots"))
+      .def_property_readonly("address",
+                             [](const Producer& self) { return self.mapping()->address().text(); })
+      .def_property_readonly("epoch",
+                             [](const Producer& self) { return self.mapping()->fixed().epoch; })
+      .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout_s"),
+           "A writable slot. Waits without the GIL. StoreFull, TransferTimeout.")
+      .def(
+          "discard",
+          [](Producer& self, uint32_t slot, uint64_t generation) {
+            self.discard({slot, generation});
+          },
+          py::arg("slot"), py::arg("generation"))
+      .def("reap", &Producer::reap, py::call_guard<py::gil_scoped_release>(),
+           "Return the leases of ended readers; the number of those readers.")
+      .def("stats", &stats);
+}
+
+void bind_consumer(py::module_& m) {
+  py::class_<Lease>(m, "ArenaLease", py::buffer_protocol())
+      .def_buffer([](Lease& self) { return bytes_of(self.data(), self.nbytes()); })
+      .def_property_readonly("nbytes", &Lease::nbytes)
+      .def("crc32c", &checksum<Lease>, py::arg("offset"), py::arg("nbytes"));
+
+  py::class_<Consumer, std::shared_ptr<Consumer>>(m, "ArenaConsumer")
+      .def(py::init([](const std::string& address) {
+             const py::gil_scoped_release unlocked;
+             return Consumer::join(Mapping::attach(ArenaAddress::parse(address)));
+           }),
+           py::arg("address"), "ProducerLost, ValueError if it is not an arena of this user.")
+      .def_property_readonly("epoch",
+                             [](const Consumer& self) { return self.mapping()->fixed().epoch; })
+      .def_property_readonly("producer_alive", &Consumer::producer_alive)
+      .def(
+          "lease",
+          [](Consumer& self, uint32_t slot, uint64_t generation) {
+            return std::make_unique<Lease>(self.lease({slot, generation}));
+          },
+          py::arg("slot"), py::arg("generation"),
+          "The slot's bytes, until the last buffer of the result is gone. StaleRef.")
+      .def(
+          "acknowledge",
+          [](Consumer& self, uint32_t slot, uint64_t generation) {
+            self.acknowledge({slot, generation});
+          },
+          py::arg("slot"), py::arg("generation"));
+}
+
+}  // namespace
+
+void bind_transport(py::module_& m) {
+  py::register_exception_translator(&translate);
+  bind_producer(m);
+  bind_consumer(m);
+}
 
 }  // namespace sf

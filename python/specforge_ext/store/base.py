@@ -52,7 +52,8 @@ class Lease(Protocol):
     Views that outlive the lease keep the memory from being recycled.
     """
 
-    sample: Sample
+    @property
+    def sample(self) -> Sample: ...
 
     def release(self) -> None: ...
 

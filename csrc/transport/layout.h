@@ -1,0 +1,64 @@
+// The bytes of an arena, as another process finds them. Everything is little-endian and fixed at
+// creation; only the atomics change.
+//
+//   [0, 4096)                      Header
+//   [4096, control_bytes)          max_slots Slots
+//   [control_bytes, total_bytes)   payload, in pages of 4096 bytes
+//
+// An attacher takes one copy of the fixed fields, checks all of them against the file, and never
+// reads them from shared memory again.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "transport/slot_word.h"
+
+namespace sf {
+
+inline constexpr uint64_t kPageBytes = 4096;
+inline constexpr uint64_t kArenaMagic = 0x31414e4552414653;  // "SFARENA1"
+inline constexpr uint32_t kArenaVersion = 1;
+inline constexpr uint32_t kMaxSlots = 1u << 20;
+inline constexpr uint64_t kMaxPayloadBytes = uint64_t{1} << 46;
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free, "slot words are shared by processes");
+
+struct FixedHeader {
+  uint64_t magic;
+  uint32_t version;
+  uint32_t max_slots;
+  uint64_t control_bytes;
+  uint64_t payload_bytes;
+  uint64_t total_bytes;
+  uint64_t epoch;           // random, other than 0, new with every arena
+  int64_t producer_pid;     // in the producer's own pid namespace
+  uint64_t producer_start;  // clock ticks after boot
+};
+
+// 0: nobody. Else {start time, low 32 bits | pid, 32 bits}, set and cleared by one CAS.
+using ConsumerWord = std::atomic<uint64_t>;
+
+struct Header {
+  FixedHeader fixed;
+  alignas(64) std::atomic<uint32_t> room;  // futex: counts the slots that became FREE
+  std::atomic<uint32_t> room_waiters;
+  alignas(64) ConsumerWord consumers[kMaxConsumers];
+};
+static_assert(sizeof(Header) <= kPageBytes);
+
+struct alignas(64) Slot {
+  std::atomic<uint64_t> word;
+  // Written by the producer in WRITING, read under a lease.
+  uint64_t offset;  // from the start of the payload
+  uint64_t nbytes;
+};
+static_assert(sizeof(Slot) == 64);
+
+// The header of an arena of this size. ArgumentError if a size is 0 or beyond its limit.
+FixedHeader make_header(uint64_t payload_bytes, uint32_t max_slots);
+
+// Bytes of another process may be hostile. ArgumentError says which field is wrong.
+void check_header(const FixedHeader& header, uint64_t file_bytes);
+
+}  // namespace sf

@@ -1,0 +1,67 @@
+// An arena's memory in this process: created by its producer, or attached by a reader.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "transport/file_descriptor.h"
+#include "transport/layout.h"
+
+namespace sf {
+
+// Where a reader of the same host and user finds an arena: the producer's own descriptor, through
+// /proc. Nothing has a name in a file system, so nothing is left behind by a kill -9.
+struct ArenaAddress {
+  pid_t pid;
+  uint64_t start;
+  int fd;
+  uint64_t epoch;
+
+  // "shm:PID:START:FD:EPOCH", the epoch as 16 hexadecimal digits.
+  std::string text() const;
+  // ArgumentError if it is not exactly of that form.
+  static ArenaAddress parse(const std::string& text);
+};
+
+class Mapping {
+ public:
+  // A memfd sealed against shrinking and growing, every page of it allocated and mapped.
+  // MachineError if the memory is not to be had.
+  static std::shared_ptr<Mapping> create(uint64_t payload_bytes, uint32_t max_slots);
+
+  // Control pages read-write, payload read-only. ProducerLost if the producer is gone or has closed
+  // the arena; ArgumentError if the file is not a sealed arena of this user.
+  static std::shared_ptr<Mapping> attach(const ArenaAddress& address);
+
+  ~Mapping();
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+
+  const FixedHeader& fixed() const { return fixed_; }
+  Header& header() const { return *reinterpret_cast<Header*>(control_); }
+  Slot& slot(uint32_t index) const { return reinterpret_cast<Slot*>(control_ + kPageBytes)[index]; }
+  std::byte* payload() const { return payload_; }
+  ArenaAddress address() const;
+
+  // A forked child has the memory but not the leases: it must touch neither.
+  bool in_owning_process() const;
+
+  // Adds one to `room` and wakes the producer's waiting threads.
+  void signal_room() const;
+
+ private:
+  Mapping(FileDescriptor fd, const FixedHeader& fixed) : fd_(std::move(fd)), fixed_(fixed) {}
+  void map(int payload_protection);
+
+  FileDescriptor fd_;
+  FixedHeader fixed_;
+  pid_t pid_ = 0;
+  std::byte* control_ = nullptr;
+  std::byte* payload_ = nullptr;
+};
+
+}  // namespace sf
