@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "specforge_ext"
 LAYERS = [
     {"records", "config", "registry"},
-    {"ops"},
-    {"nn", "prompts", "engines", "store", "assets"},
+    {"ops", "assets"},
+    {"nn", "prompts", "engines", "store"},
     {"loader", "methods"},
     {"trainer", "evaluate", "export"},
     {"runs", "integrations"},

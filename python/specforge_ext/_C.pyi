@@ -11,6 +11,10 @@ import torch
 import typing_extensions
 
 __all__: list[str] = [
+    "ArenaConsumer",
+    "ArenaLease",
+    "ArenaProducer",
+    "ArenaReservation",
     "available_isas",
     "copy_crc32c",
     "crc32c",
@@ -26,6 +30,93 @@ __all__: list[str] = [
     "ttt_counts",
     "ttt_fill",
 ]
+
+class ArenaReservation:
+    def abort(self) -> None: ...
+    def crc32c(
+        self,
+        offset: typing.SupportsInt | typing.SupportsIndex,
+        nbytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> int: ...
+    def publish(self) -> None: ...
+    def write(
+        self,
+        offset: typing.SupportsInt | typing.SupportsIndex,
+        source: typing_extensions.Buffer,
+        checksum: bool,
+    ) -> int | None:
+        """
+        Copy contiguous bytes in; their crc32c if `checksum`. Runs without the GIL.
+        """
+    @property
+    def generation(self) -> int: ...
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+
+class ArenaProducer:
+    def __init__(
+        self,
+        capacity_bytes: typing.SupportsInt | typing.SupportsIndex,
+        max_slots: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def acquire(
+        self,
+        nbytes: typing.SupportsInt | typing.SupportsIndex,
+        timeout_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> ArenaReservation:
+        """
+        A writable slot. Waits without the GIL. StoreFull, TransferTimeout.
+        """
+    def discard(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def reap(self) -> int:
+        """
+        Return the leases of ended readers; the number of those readers.
+        """
+    def stats(self) -> dict[str, int]: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+
+class ArenaLease:
+    def crc32c(
+        self,
+        offset: typing.SupportsInt | typing.SupportsIndex,
+        nbytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class ArenaConsumer:
+    def __init__(self, address: str) -> None:
+        """
+        ProducerLost, ValueError if it is not an arena of this user.
+        """
+    def acknowledge(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def lease(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> ArenaLease:
+        """
+        The slot's bytes, until the last buffer of the result is gone. StaleRef.
+        """
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def producer_alive(self) -> bool: ...
 
 def available_isas() -> list[str]: ...
 def copy_crc32c(
@@ -95,5 +186,6 @@ def ttt_fill(
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 
+__commit__: str
 __version__: str
 cuda_compiled: bool

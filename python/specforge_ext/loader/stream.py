@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
+
 from specforge_ext import ops
 from specforge_ext.config import Config
 from specforge_ext.loader.order import GlobalStep, OrderConfig, micro_batches
@@ -194,11 +196,31 @@ class Stream:
             samples = [lease.sample for lease in leases]
             for sample, prompt in zip(samples, prompts, strict=True):
                 _check_same(sample, prompt)
-            batch = ops.pack(samples, self._layout)
+            batch = pack(samples, self._layout)
             del samples, leases
         for ref in refs:
             self._reader.ack(ref)
         return batch
+
+
+def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
+    """One packed batch of samples that lie anywhere on the host; every byte is copied once."""
+    names = [spec.name for spec in layout.features]
+    input_ids, loss_mask, positions, cu_seqlens, features = ops.pack_samples(
+        [s.prompt.input_ids for s in samples],
+        [s.prompt.loss_mask for s in samples],
+        [[s.features[name] for name in names] for s in samples],
+        pin_memory=torch.cuda.is_available(),
+    )
+    return PackedBatch(
+        sample_ids=tuple(s.prompt.sample_id for s in samples),
+        lengths=tuple(len(s.prompt) for s in samples),
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        positions=positions,
+        features=dict(zip(names, features, strict=True)),
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def _check_same(sample: Sample, prompt: Prompt) -> None:

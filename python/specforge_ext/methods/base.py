@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from specforge_ext.records import (
     DraftVocab,
     FeatureLayout,
     PackedBatch,
+    Prompt,
     Proposal,
     StepLoss,
     TargetSpec,
@@ -65,6 +66,10 @@ class Method(Protocol):
 
     def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> nn.Module:
         """A fresh float32 draft on the device of the weights; frozen target tensors are buffers."""
+        ...
+
+    def vocab(self, prompts: Iterable[Prompt], target: TargetSpec) -> DraftVocab:
+        """The draft's vocabulary for these training texts; the whole one unless configured."""
         ...
 
     def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:

@@ -78,7 +78,7 @@ def finish(
     write(method.export(draft, weights.spec, dtype=dtype), directory)
     layout = method.layout(engine.spec)
     prompts = list(dataset.heldout)[: recipe.evaluate.num_prompts]
-    probe = prompts or [p.input_ids for p in dataset.train[:4]]
+    probe = prompts or [dataset.train[i].input_ids for i in range(min(4, len(dataset.train)))]
     check = verify_export(
         method,
         draft,
@@ -101,7 +101,7 @@ def finish(
         drafters["bigram"] = BigramDrafter(
             [p.input_ids for p in dataset.train],
             engine.spec.vocab_size,
-            text_temperature=dataset.text_temperature,
+            text_temperature=recipe.text_temperature,
         )
     measured = _Measurement(recipe, engine, layout, prompts)
     return measured.report(drafters, say, directory, check.ok, fingerprint)

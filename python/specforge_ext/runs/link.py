@@ -96,15 +96,18 @@ class ProducerLink:
             )
         return str(self._hello["store"])
 
-    def prepare(self, *, timeout_s: float, progress: Callable[[int, int, str], None]) -> None:
-        """Have the data set written. timeout_s: deadline between two signs of progress."""
+    def prepare(
+        self, *, timeout_s: float, progress: Callable[[int, int, str], None]
+    ) -> dict[str, str]:
+        """Have the data set written, and where. timeout_s: deadline between signs of progress."""
         self._connection.send({"op": "prepare"})
         while True:
             message = self._expect(
                 "progress", "prepared", timeout_s=timeout_s, what="the data set to be prepared"
             )
             if message["op"] == "prepared":
-                return
+                files: dict[str, str] = message["files"]
+                return files
             progress(int(message["done"]), int(message["total"]), str(message["what"]))
 
     def request(self, step: int, sample_ids: Sequence[str]) -> None:

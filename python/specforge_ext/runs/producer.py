@@ -121,28 +121,33 @@ class Producer:
             raise ValueError(f"unknown request {message['op']!r}")
 
     def _prepare(self, client: Connection) -> None:
-        """Write the data set if it is not there yet, with signs of progress."""
-
-        def progress(done: int, total: int, what: str) -> None:
-            client.send({"op": "progress", "done": done, "total": total, "what": what})
-
+        """Write the data set if it is not there yet, with signs of progress to all clients."""
         try:
-            path = run_data.prepare(
+            files = run_data.prepare(
                 self._recipe.data,
                 self._engine,
                 directory=self._recipe.output_dir / "data",
                 seed=self._recipe.run.seed,
-                progress=progress,
+                progress=self._progress,
             )
         except ValueError as error:
             client.send({"op": "error", "text": str(error)})
             return
-        client.send({"op": "prepared", "path": str(path)})
+        self._prompts = {p.sample_id: p for p in run_data.read_dataset(files).train}
+        client.send({"op": "prepared", "files": files})
+
+    def _progress(self, done: int, total: int, what: str) -> None:
+        """Every rank waits for the data, so that each has to see that it comes."""
+        for key, _ in self._selector.select(0.0):
+            if key.fd == self._parent_fd:
+                sys.exit("the trainer is gone")
+            if key.fileobj is self._listener:
+                self._welcome()
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                key.data.send({"op": "progress", "done": done, "total": total, "what": what})
 
     def _answer(self, request: Request) -> None:
-        if not self._prompts:
-            dataset = run_data.read_dataset(self._recipe.output_dir / "data")
-            self._prompts = {p.sample_id: p for p in dataset.train}
         refs: list[str] = []
         skipped: list[dict[str, str]] = []
         try:

@@ -78,6 +78,12 @@ class Recipe:
     export: ExportConfig
     source: dict[str, Any]
 
+    @property
+    def text_temperature(self) -> float:
+        """Of the target when it wrote the training text; 1 where it did not, or was greedy."""
+        generate = self.data.generate
+        return generate.temperature if generate and generate.temperature > 0 else 1.0
+
 
 def load(recipe: str | None, assignments: list[str]) -> Recipe:
     """recipe: a path, or the name of a shipped recipe; None is the demo."""
