@@ -7,7 +7,8 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels and transport of specforge_ext. Use specforge_ext.ops and .store instead.";
+  m.doc() =
+      "Native kernels and transport of specforge_ext. Use specforge_ext.ops and .store instead.";
   m.attr("__version__") = SF_VERSION;
 #ifdef SF_CUDA
   m.attr("cuda_compiled") = true;

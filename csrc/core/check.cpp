@@ -5,12 +5,12 @@
 namespace sf {
 
 void Expect::fail(const std::string& wanted, const std::string& got) const {
-  throw ArgumentError(std::string(op_) + ": " + name_ + " must be " + wanted + ", got " + got);
+  fail_argument(op_, name_ + " must be " + wanted, got);
 }
 
 std::string Expect::dtypes() const {
   std::string out;
-  for (DType d : allowed_) out += (out.empty() ? "" : " or ") + std::string(dtype_name(d));
+  for (DType d : allowed_) out.append(out.empty() ? "" : " or ").append(dtype_name(d));
   return out;
 }
 
@@ -31,13 +31,14 @@ Expect& Expect::shape(std::initializer_list<Dim*> dims) {
     ok = dim->size < 0 || dim->size == size;
   }
   if (!ok) {
-    std::string wanted;
+    std::string wanted = "[";
     for (Dim* dim : dims) {
-      wanted += (wanted.empty() ? "[" : ", ") + std::string(dim->name);
-      if (dim->size >= 0) wanted += "=" + std::to_string(dim->size);
+      wanted.append(wanted.size() == 1 ? "" : ", ").append(dim->name);
+      if (dim->size >= 0) wanted.append("=").append(std::to_string(dim->size));
     }
-    wanted = (wanted.empty() ? "[" : wanted) + "]";
-    fail(allowed_.empty() ? wanted : wanted + " " + dtypes(), view_.str());
+    wanted.append("]");
+    if (!allowed_.empty()) wanted.append(" ").append(dtypes());
+    fail(wanted, view_.str());
   }
   axis = 0;
   for (Dim* dim : dims) dim->size = view_.shape[axis++];
@@ -60,12 +61,8 @@ Expect& Expect::device(Device wanted) {
   return *this;
 }
 
-void require(bool ok, const char* op, const std::string& wanted, const std::string& got) {
-  if (!ok) throw ArgumentError(std::string(op) + ": " + wanted + ", got " + got);
-}
-
-void require(bool ok, const char* op, const std::string& wanted, int64_t got) {
-  if (!ok) require(false, op, wanted, std::to_string(got));
+void fail_argument(const char* op, const std::string& wanted, const std::string& got) {
+  throw ArgumentError(std::string(op).append(": ").append(wanted).append(", got ").append(got));
 }
 
 }  // namespace sf

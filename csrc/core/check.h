@@ -49,7 +49,9 @@ inline Expect expect(const char* op, std::string name, const TensorView& view) {
 }
 
 // A condition that is not about one tensor's shape: "op: <wanted>, got <got>".
-void require(bool ok, const char* op, const std::string& wanted, const std::string& got);
-void require(bool ok, const char* op, const std::string& wanted, int64_t got);
+[[noreturn]] void fail_argument(const char* op, const std::string& wanted, const std::string& got);
+inline void require(bool ok, const char* op, const char* wanted, int64_t got) {
+  if (!ok) fail_argument(op, wanted, std::to_string(got));
+}
 
 }  // namespace sf

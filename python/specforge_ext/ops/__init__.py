@@ -1,4 +1,6 @@
-"""The kernels as torch ops: differentiable, compilable, on CPU and CUDA. Definitions: `ops.reference`.
+"""The kernels as torch ops: differentiable, compilable, on CPU and CUDA.
+
+Their definitions are in `ops.reference`.
 
 draft_loss      loss, metrics and gradients of all draft rows, from hidden states
 teacher_stats   logsumexp and argmax of the target over its full vocabulary, from hidden states

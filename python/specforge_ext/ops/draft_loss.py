@@ -1,10 +1,10 @@
 """The loss of all rows of a draft at once, from hidden states; logits exist one chunk at a time.
 
-Per chunk: two matrix products give the logits of its students and of their teachers, one native kernel
-turns the students' logits into their gradient, two more products turn that into the gradients of hidden
-and head. So the forward pass does all the work, and backward only scales.
-Legend: N student rows, R teacher rows, H and G widths of draft and target, V the draft's vocabulary,
-L steps.
+Per chunk: two matrix products give the logits of its students and of their teachers, one native
+kernel turns the students' logits into their gradient, two more products turn that into the
+gradients of hidden and head. So the forward pass does all the work, and backward only scales.
+Legend: N student rows, R teacher rows, H and G widths of draft and target, V the draft's
+vocabulary, L steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from specforge_ext import _C
 from specforge_ext.ops._matmul import add_head_grad, hidden_grad_into, logits_dtype, logits_into
@@ -40,20 +41,24 @@ def draft_loss(
 ) -> DraftLoss:
     """Soft cross entropy of draft rows against the target restricted to the draft's vocabulary.
 
-    hidden: [N, H], what the draft's head multiplies. head: [V, H]. Both float32 or both bfloat16; under
-        autocast they are cast to its dtype first. Gradients flow to these two, each only where wanted.
-    teacher_hidden: [R, G] after the target's final norm. teacher_head: [V, G], its rows of the draft's
-        vocabulary. float32 or bfloat16, the same.
-    teacher_lse: [R] float32, logsumexp of the target's logits over its FULL vocabulary (`teacher_stats`).
-    row_to_teacher: [N] int32, non-decreasing: each teacher is then computed once for all its students.
-    row_weight: [N] float32; rows of weight 0 may hold anything, NaN too, and get a gradient of exactly 0.
+    hidden: [N, H], what the draft's head multiplies. head: [V, H]. Both float32 or both bfloat16;
+        under autocast they are cast to its dtype first. Gradients flow to these two, each only
+        where wanted.
+    teacher_hidden: [R, G] after the target's final norm. teacher_head: [V, G], its rows of the
+        draft's vocabulary. float32 or bfloat16, the same.
+    teacher_lse: [R] float32, logsumexp of the target's logits over its FULL vocabulary
+        (`teacher_stats`).
+    row_to_teacher: [N] int32, non-decreasing: each teacher is then computed once for all its
+        students.
+    row_weight: [N] float32; rows of weight 0 may hold anything, NaN too, and get a gradient of
+        exactly 0.
     row_step: [N] int32 in [0, num_steps).
     workspace_bytes: bound on the logits that exist at a time, students and teachers together.
 
-    Beyond outputs and workspace it takes float32 [V, H] for the head's gradient when that is bfloat16.
-    On CUDA it synchronises once, to read row_to_teacher. Deterministic. Differentiable once.
-    ValueError if a tensor does not fit, row_to_teacher falls or leaves [0, R), or a student row and its
-    teacher do not fit the workspace. Formula and source: csrc/loss/soft_ce_rows.h.
+    Beyond outputs and workspace it takes float32 [V, H] for the head's gradient when that is
+    bfloat16. On CUDA it synchronises once, to read row_to_teacher. Deterministic. Differentiable
+    once. ValueError if a tensor does not fit, row_to_teacher falls or leaves [0, R), or a student
+    row and its teacher do not fit the workspace. Formula and source: csrc/loss/soft_ce_rows.h.
     """
     if torch.is_autocast_enabled(hidden_NH.device.type):
         dtype = torch.get_autocast_dtype(hidden_NH.device.type)
@@ -255,6 +260,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[2:])
 
 
+@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Scales into new memory: the saved gradients must survive a second backward pass."""
     hidden_grad_NH, head_grad_VH = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""From samples to one packed batch, and from its mask to the rows that a TTT draft runs and scores."""
+"""From samples to a packed batch, and from its mask to the rows that a draft runs and scores."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from specforge_ext.ops._native import stream_of
 from specforge_ext.ops.results import TttMaps
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def ttt_maps(mask_T: Tensor, cu_seqlens: Tensor, ttt_length: int) -> TttMaps:
-    """The row maps of `TttMaps` for a packed batch: sizes depend on the mask, so this synchronises once.
+    """The row maps of `TttMaps` for a packed batch. Their sizes depend on the mask: one sync.
 
     mask: [T] uint8 or bool, 1 where a position is scored (its teacher's argmax is in the draft's
         vocabulary already). cu_seqlens: [N + 1] int32. Both on one device.
     ttt_length: L, 1 to 64 steps.
-    ValueError if a sample's last position has mask 1 (it has no next hidden row to be its teacher), or
-    a tensor does not fit. Definition: csrc/pack/ttt_maps.h.
+    ValueError if a sample's last position has mask 1 (it has no next hidden row to be its teacher),
+    or a tensor does not fit. Definition: csrc/pack/ttt_maps.h.
     """
     mask_T, stream = mask_T.to(torch.uint8).contiguous(), stream_of(mask_T)
     counts = cu_seqlens.new_empty(ttt_length + 3, dtype=torch.int64)
@@ -40,10 +40,10 @@ def ttt_maps(mask_T: Tensor, cu_seqlens: Tensor, ttt_length: int) -> TttMaps:
     _C.ttt_fill(
         mask_T, cu_seqlens, counts, active, parent, source, step, teacher, teacher_rows, stream
     )
-    per_step = active.split(num_active)
+    per_step = torch.split(active, num_active)
     return TttMaps(
         active=per_step,
-        parent=(per_step[0], *parent.split(num_active[1:])),
+        parent=(per_step[0], *torch.split(parent, num_active[1:])),
         pair_source=source,
         pair_step=step,
         pair_teacher=teacher,
@@ -58,12 +58,14 @@ def pack_samples(
     *,
     pin_memory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Samples end to end: (ids [T] int64, mask [T] uint8, positions [T] int64, cu_seqlens [N + 1] int32,
-    features [T, width] each).
+    """N samples end to end, without padding.
 
-    ids[k]: [S_k] int32. masks[k]: [S_k] uint8. features[k][f]: [S_k, width_f], any dtype, the same for all
-    k. CPU tensors; each byte is copied once. pin_memory: allocate page-locked outputs, for copies to a GPU.
-    ValueError names the sample and the tensor that does not fit; at least one sample is needed.
+    Returns ids [T] int64, mask [T] uint8, positions [T] int64 (from 0 in each sample), cu_seqlens
+    [N + 1] int32, and each feature [T, width].
+    ids[k]: [S_k] int32. masks[k]: [S_k] uint8. features[k][f]: [S_k, width_f], any dtype, the same
+    for all k. CPU tensors; each byte is copied once. pin_memory: allocate page-locked outputs, for
+    copies to a GPU. ValueError names the sample and the tensor that does not fit; at least one
+    sample is needed.
     """
     if not ids:
         raise ValueError("pack_samples: wanted at least one sample, got none")

@@ -1,12 +1,14 @@
 """The definitions of the ops, in plain torch: slow, short, judged in float64.
 
-Every function follows the dtype of its inputs, so that the same lines serve as the float64 truth and as
-the same-dtype baseline. Legend: N rows, R teacher rows, V vocabulary (the draft's, unless said), H width.
+Every function follows the dtype of its inputs, so that the same lines serve as the float64 truth
+and as the same-dtype baseline. Legend: N rows, R teacher rows, V vocabulary (the draft's, unless
+said), H width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,11 +34,11 @@ def soft_ce_rows(
     weight_N: Tensor,
     teacher_lse_R: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], accepted [N], correct [N] uint8, gradient [N, V] of sum(weight * loss) in the logits).
+    """(loss [N], accepted [N], correct [N] uint8, d sum(weight * loss) / d logits [N, V]).
 
-    loss = lse(z) - sum p z with p = softmax(teacher) over V; accepted = sum min(pt, softmax(z)) with
-    pt = exp(teacher - teacher_lse), teacher_lse the normaliser over the full vocabulary. A row of weight
-    0 contributes exact zeros, whatever it or its teacher holds.
+    loss = lse(z) - sum p z with p = softmax(teacher) over V; accepted = sum min(pt, softmax(z))
+    with pt = exp(teacher - teacher_lse), teacher_lse the normaliser over the full vocabulary. A row
+    of weight 0 contributes exact zeros, whatever it or its teacher holds.
     """
     scored_N = weight_N != 0
     index_N = row_to_teacher_N.long()
@@ -64,7 +66,7 @@ def step_sums(
     row_step_N: Tensor,
     num_steps: int,
 ) -> Tensor:
-    """[5, L] float64: sums per step of loss, correct, accepted, 1 and weight * loss where weight != 0."""
+    """[5, L] float64: per step, sums of loss, correct, accepted, 1 and weight * loss."""
     scored_N = weight_N != 0
     columns = (
         loss_N.double(),
@@ -116,12 +118,12 @@ def teacher_stats(hidden_RH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
 def ttt_maps(mask_T: Tensor, cu_seqlens: Tensor, ttt_length: int) -> TttMaps:
     """Straight from the definition: O(T * L^2) Python. See `TttMaps`."""
     mask, bounds = mask_T.tolist(), cu_seqlens.tolist()
-    samples = [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    samples = [range(a, b) for a, b in pairwise(bounds)]
     for k, rows in enumerate(samples):
         if rows and mask[rows[-1]]:
             raise ValueError(
-                f"ttt_maps: mask must be 0 at the last position of every sample, got 1 at the end of "
-                f"sample {k}"
+                "ttt_maps: mask must be 0 at the last position of every sample, "
+                f"got 1 at the end of sample {k}"
             )
 
     def is_active(t: int, step: int, rows: range) -> bool:
@@ -160,7 +162,7 @@ def ttt_maps(mask_T: Tensor, cu_seqlens: Tensor, ttt_length: int) -> TttMaps:
 def pack_samples(
     ids: Sequence[Tensor], masks: Sequence[Tensor], features: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """(ids [T] int64, mask [T] uint8, positions [T] int64, cu_seqlens [N + 1] int32, features [T, width]).
+    """(ids [T] int64, mask [T] uint8, positions [T] int64, cu_seqlens [N + 1] int32, features).
 
     features[k][f] is feature f of sample k. At least one sample.
     """

@@ -1,4 +1,4 @@
-"""What the ops return. Legend: T packed tokens, L TTT steps, A active rows of all steps, P pairs."""
+"""What the ops return. Legend: T packed tokens, L TTT steps, R teacher rows, P pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class TttMaps:
     With every index inside one sample: row t is active at step i iff mask[t + j] = 1 for some j in
     [i, L); position u with mask[u] = 1 is scored at step i by row u - i, which is a pair (u, i).
 
-    active[i]: packed row indices, ascending. parent[i], i >= 1: where those rows lie within active[i - 1];
-        parent[0] is active[0], the place of its rows among all T.
-    pair_source: [P] index into cat(active). pair_step: [P] i. pair_teacher: [P] index into teacher_rows,
-        non-decreasing. Pairs are in order of (u, i).
-    teacher_rows: [R] every u with mask[u] = 1, ascending. The hidden state that gives the teacher of u is
-        row u + 1 of the packed batch, always in the same sample.
+    active[i]: packed row indices, ascending. parent[i], i >= 1: where those rows lie within
+        active[i - 1]; parent[0] is active[0], the place of its rows among all T.
+    pair_source: [P] index into cat(active). pair_step: [P] i. pair_teacher: [P] index into
+        teacher_rows, non-decreasing. Pairs are in order of (u, i).
+    teacher_rows: [R] every u with mask[u] = 1, ascending. The hidden state that gives the teacher
+        of u is row u + 1 of the packed batch, always in the same sample.
     All int32, on the device of the mask.
     """
 
@@ -44,9 +44,9 @@ class DraftLoss:
     """Sums over rows; nothing is averaged.
 
     loss_sum: [] float32, sum of weight * loss in nats, differentiable in hidden and head.
-    step_loss, step_correct, step_accepted, step_rows: [L] float64, detached: per step, the sums over the
-        rows whose weight is not 0 of the UNWEIGHTED loss, of [student argmax == teacher argmax], of
-        sum_v min(teacher, student), and of 1.
+    step_loss, step_correct, step_accepted, step_rows: [L] float64, detached: per step, the sums
+        over the rows whose weight is not 0 of the UNWEIGHTED loss, of [student argmax == teacher
+        argmax], of sum_v min(teacher, student), and of 1.
     """
 
     loss_sum: Tensor
@@ -58,7 +58,7 @@ class DraftLoss:
 
 @dataclass(frozen=True)
 class SoftCeRows:
-    """loss, accepted: [rows] float32. correct: [rows] uint8. The gradient lies where the logits were."""
+    """loss, accepted: [rows] float32. correct: [rows] uint8. The gradient is in the logits."""
 
     loss: Tensor
     accepted: Tensor

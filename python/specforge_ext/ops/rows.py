@@ -14,7 +14,8 @@ from specforge_ext.ops.results import SoftCeRows
 def row_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(logsumexp [rows] float32, argmax [rows] int32: the lowest index on ties) of each row.
 
-    logits: [rows, vocab] float32 or bfloat16, contiguous, finite. ValueError otherwise. Not differentiable.
+    logits: [rows, vocab] float32 or bfloat16, contiguous, finite. Not differentiable.
+    ValueError names what does not fit.
     """
     lse = logits.new_empty(logits.shape[:1], dtype=torch.float32)
     argmax = logits.new_empty(logits.shape[:1], dtype=torch.int32)
@@ -71,7 +72,7 @@ def soft_ce_rows_(
     """Soft cross entropy per row; `logits` are OVERWRITTEN by d sum(weight * loss) / d logits.
 
     logits: [rows, vocab], teacher: [teacher_rows, vocab]; float32 or bfloat16 each, contiguous.
-    row_to_teacher: [rows] int32. weight: [rows] float32; a row of weight 0 is not read, and becomes 0.
+    row_to_teacher: [rows] int32. weight: [rows] float32; 0: the row is not read, and becomes 0.
     teacher_lse: [teacher_rows] float32, logsumexp over the FULL vocabulary, nats.
     ValueError names the tensor that does not fit. Formula and source: csrc/loss/soft_ce_rows.h.
     """

@@ -17,8 +17,8 @@ def teacher_stats(
 ) -> tuple[Tensor, Tensor]:
     """(lse [R] float32 in nats, argmax [R] int64, lowest index on ties) of hidden @ head.T.
 
-    hidden: [R, H] after the target's final norm. head: [V, H], the full vocabulary. float32 or bfloat16,
-    the same. At most workspace_bytes of logits exist at a time. Not differentiable.
+    hidden: [R, H] after the target's final norm. head: [V, H], the full vocabulary. float32 or
+    bfloat16, the same. At most workspace_bytes of logits exist at a time. Not differentiable.
     ValueError if a tensor does not fit, or not even one row of logits fits the workspace.
     """
     dtype, width = hidden_RH.dtype, hidden_RH.shape[-1]

@@ -1,0 +1,223 @@
+// A vector of floats, in the instruction set of the file that includes this. See isa.h.
+//
+// Include it only from sources that are compiled once per instruction set. Everything lies in an
+// anonymous namespace or is always inlined, so that no copy of one can replace that of another.
+// A tail of fewer than kWidth elements goes through a padded buffer on the stack.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/dtype.h"
+
+// gcc 12 takes the operand that its own unmasked AVX-512 intrinsics leave undefined for a mistake
+// of ours (gcc bug 105593).
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace sf {
+namespace {
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  __m512 v;
+};
+
+SF_ALWAYS_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+SF_ALWAYS_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+SF_ALWAYS_INLINE Vec load(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+SF_ALWAYS_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+SF_ALWAYS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+SF_ALWAYS_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+// Bit k is set where lane k of a equals that of b.
+SF_ALWAYS_INLINE uint32_t equal_mask(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);
+}
+// x where x >= low, else 0.
+SF_ALWAYS_INLINE Vec zero_below(Vec value, Vec x, float low) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(low), _CMP_GE_OQ), value.v)};
+}
+// 2^n for integral n in [-126, 127].
+SF_ALWAYS_INLINE Vec exp2i(Vec n) {
+  const __m512i k = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(k, 23))};
+}
+SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i out = _mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  __m256 v;
+};
+
+SF_ALWAYS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+SF_ALWAYS_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+SF_ALWAYS_INLINE Vec load(const bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+SF_ALWAYS_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+SF_ALWAYS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+SF_ALWAYS_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+SF_ALWAYS_INLINE uint32_t equal_mask(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
+}
+SF_ALWAYS_INLINE Vec zero_below(Vec value, Vec x, float low) {
+  return {_mm256_and_ps(value.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(low), _CMP_GE_OQ))};
+}
+SF_ALWAYS_INLINE Vec exp2i(Vec n) {
+  const __m256i k = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(k, 23))};
+}
+SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i out = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+
+#else
+
+// Loops of fixed length, which every compiler turns into the vectors of its target.
+struct Vec {
+  static constexpr int kWidth = 8;
+  float v[kWidth];
+};
+
+template <class F>
+SF_ALWAYS_INLINE Vec lanes(F f) {
+  Vec out;
+  for (int k = 0; k < Vec::kWidth; ++k) out.v[k] = f(k);
+  return out;
+}
+
+SF_ALWAYS_INLINE Vec set1(float x) {
+  return lanes([=](int) { return x; });
+}
+template <class T>
+SF_ALWAYS_INLINE Vec load(const T* p) {
+  return lanes([=](int k) { return to_f32(p[k]); });
+}
+SF_ALWAYS_INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
+  for (int k = 0; k < Vec::kWidth; ++k) p[k] = to_bf16(a.v[k]);
+}
+SF_ALWAYS_INLINE Vec operator+(Vec a, Vec b) {
+  return lanes([&](int k) { return a.v[k] + b.v[k]; });
+}
+SF_ALWAYS_INLINE Vec operator-(Vec a, Vec b) {
+  return lanes([&](int k) { return a.v[k] - b.v[k]; });
+}
+SF_ALWAYS_INLINE Vec operator*(Vec a, Vec b) {
+  return lanes([&](int k) { return a.v[k] * b.v[k]; });
+}
+// Two roundings: std::fma is a call into libm where the target has no such instruction.
+SF_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return lanes([&](int k) { return a.v[k] * b.v[k] + c.v[k]; });
+}
+SF_ALWAYS_INLINE Vec max(Vec a, Vec b) {
+  return lanes([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
+}
+SF_ALWAYS_INLINE Vec min(Vec a, Vec b) {
+  return lanes([&](int k) { return a.v[k] < b.v[k] ? a.v[k] : b.v[k]; });
+}
+SF_ALWAYS_INLINE uint32_t equal_mask(Vec a, Vec b) {
+  uint32_t mask = 0;
+  for (int k = 0; k < Vec::kWidth; ++k) mask |= static_cast<uint32_t>(a.v[k] == b.v[k]) << k;
+  return mask;
+}
+SF_ALWAYS_INLINE Vec zero_below(Vec value, Vec x, float low) {
+  return lanes([&](int k) { return x.v[k] >= low ? value.v[k] : 0.0f; });
+}
+SF_ALWAYS_INLINE Vec exp2i(Vec n) {
+  return lanes(
+      [&](int k) { return std::bit_cast<float>((static_cast<int32_t>(n.v[k]) + 127) << 23); });
+}
+
+#endif
+
+// The first n < kWidth elements at p, the other lanes `pad`.
+template <class T>
+SF_ALWAYS_INLINE Vec load_tail(const T* p, int64_t n, float pad) {
+  float lane[Vec::kWidth];
+  for (int k = 0; k < Vec::kWidth; ++k) lane[k] = k < n ? to_f32(p[k]) : pad;
+  return load(lane);
+}
+
+template <class T>
+SF_ALWAYS_INLINE void store_tail(T* p, int64_t n, Vec a) {
+  T lane[Vec::kWidth];
+  store(lane, a);
+  std::memcpy(p, lane, static_cast<size_t>(n) * sizeof(T));
+}
+
+SF_ALWAYS_INLINE float max_lane(Vec a) {
+  float lane[Vec::kWidth];
+  store(lane, a);
+  float best = lane[0];
+  for (int k = 1; k < Vec::kWidth; ++k) best = lane[k] > best ? lane[k] : best;
+  return best;
+}
+
+SF_ALWAYS_INLINE double sum_lanes(Vec a) {
+  float lane[Vec::kWidth];
+  store(lane, a);
+  double sum = 0;
+  for (int k = 0; k < Vec::kWidth; ++k) sum += static_cast<double>(lane[k]);
+  return sum;
+}
+
+// e^x for x <= 0, within 2 ulp; 0 where e^x is not a normal float. x = n ln 2 + r with |r| <= ln(2)
+// / 2, then a Taylor polynomial of degree 7, whose remainder r^8 / 8! is below 6e-9. ln 2 is split
+// so that the product of n with its first part is exact.
+SF_ALWAYS_INLINE Vec exp_nonpositive(Vec x) {
+  constexpr float kLog2E = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  constexpr float kLowest = -87.3f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  const Vec clamped = max(x, set1(kLowest));
+  const Vec n = fma(clamped, set1(kLog2E), set1(kRound)) - set1(kRound);
+  const Vec r = fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), clamped));
+  Vec y = fma(set1(1.0f / 5040), r, set1(1.0f / 720));
+  y = fma(y, r, set1(1.0f / 120));
+  y = fma(y, r, set1(1.0f / 24));
+  y = fma(y, r, set1(1.0f / 6));
+  y = fma(y, r, set1(0.5f));
+  y = fma(y, r, set1(1.0f));
+  y = fma(y, r, set1(1.0f));
+  return zero_below(y * exp2i(n), x, kLowest);
+}
+
+}  // namespace
+}  // namespace sf

@@ -1,0 +1,5 @@
+#include "loss/row_stats_cpu_impl.h"
+
+namespace sf::cpu {
+const RowStatsKernels kRowStatsAvx2 = kKernels;
+}

@@ -1,0 +1,23 @@
+// Included by row_stats_cpu.cpp and its _avx2 and _avx512 sisters, each compiled for its own ISA.
+#pragma once
+
+#include <cmath>
+
+#include "loss/row_passes.h"
+#include "loss/row_stats_cpu.h"
+
+namespace sf::cpu {
+namespace {
+
+template <class T>
+RowStat row_stat(const T* row, int64_t vocab) {
+  const RowMax top = row_max(row, vocab);
+  const double sum =
+      sum_exp(row, vocab, top.value, [](int64_t, Vec) {}, [](int64_t, int64_t, Vec) {});
+  return {static_cast<float>(top.value + ::log(sum)), static_cast<int32_t>(top.index)};
+}
+
+constexpr RowStatsKernels kKernels{row_stat<float>, row_stat<bf16>};
+
+}  // namespace
+}  // namespace sf::cpu

@@ -1,0 +1,5 @@
+#include "loss/soft_ce_rows_cpu_impl.h"
+
+namespace sf::cpu {
+const SoftCeKernels kSoftCeAvx512 = kKernels;
+}

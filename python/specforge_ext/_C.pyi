@@ -1,0 +1,99 @@
+"""
+Native kernels and transport of specforge_ext. Use specforge_ext.ops and .store instead.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+import torch
+import typing_extensions
+
+__all__: list[str] = [
+    "available_isas",
+    "copy_crc32c",
+    "crc32c",
+    "crc32c_table",
+    "cuda_compiled",
+    "has_fast_bf16",
+    "isa",
+    "pack_samples",
+    "row_stats",
+    "set_isa",
+    "soft_ce_rows",
+    "step_sums",
+    "ttt_counts",
+    "ttt_fill",
+]
+
+def available_isas() -> list[str]: ...
+def copy_crc32c(
+    dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0
+) -> int: ...
+def crc32c(
+    data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
+) -> int: ...
+def crc32c_table(
+    data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
+) -> int: ...
+def has_fast_bf16() -> bool: ...
+def isa() -> str: ...
+def pack_samples(
+    ids: collections.abc.Sequence[torch.Tensor],
+    masks: collections.abc.Sequence[torch.Tensor],
+    features: collections.abc.Sequence[collections.abc.Sequence[torch.Tensor]],
+    out_ids: torch.Tensor,
+    out_mask: torch.Tensor,
+    positions: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    out_features: collections.abc.Sequence[torch.Tensor],
+) -> None: ...
+def row_stats(
+    logits: torch.Tensor,
+    lse: torch.Tensor,
+    argmax: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def set_isa(name: str) -> None: ...
+def soft_ce_rows(
+    logits: torch.Tensor,
+    teacher: torch.Tensor,
+    row_to_teacher: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_lse: torch.Tensor,
+    loss: torch.Tensor,
+    accepted: torch.Tensor,
+    correct: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def step_sums(
+    loss: torch.Tensor,
+    accepted: torch.Tensor,
+    correct: torch.Tensor,
+    weight: torch.Tensor,
+    step: torch.Tensor,
+    sums: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def ttt_counts(
+    mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    counts: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def ttt_fill(
+    mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    counts: torch.Tensor,
+    active: torch.Tensor,
+    parent: torch.Tensor,
+    pair_source: torch.Tensor,
+    pair_step: torch.Tensor,
+    pair_teacher: torch.Tensor,
+    teacher_rows: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+
+__version__: str
+cuda_compiled: bool
