@@ -1,4 +1,4 @@
-"""The gates of tools/cuda_gates.py, on our kernels (one architecture: CI runs the script on all) and
+"""The gates of tools/cuda_gates.py, on our kernels (one architecture: CI runs it on all) and
 on a kernel that must fail them."""
 
 from __future__ import annotations

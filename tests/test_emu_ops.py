@@ -93,7 +93,7 @@ def check_soft_ce(
     assert (gradient[weight == 0] == 0).all()
 
 
-# 1; scalar (not a multiple of 8); one chunk; several chunks per thread, the last ragged; a real draft
+# 1; scalar (not a multiple of 8); one chunk; several chunks per thread, one ragged; a real draft
 # vocabulary: in registers as bf16, streamed as float32.
 @pytest.mark.parametrize("vocab", [1, 7, 8, 1031, 1032, 4104, 32000])
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
@@ -197,7 +197,7 @@ def masked(lengths: list[int], density: float) -> tuple[Tensor, Tensor]:
     return mask, bounds.to(torch.int32)
 
 
-# one token; samples shorter than L, and empty ones; a warp and its neighbours; a tile of 1024 and the
+# one token; samples shorter than L, and empty ones; a warp and its neighbours; a tile of 1024, the
 # next; many tiny samples.
 @pytest.mark.parametrize(
     "lengths", [[1], [5, 0, 2, 0, 0, 3], [31, 1, 1], [32], [33], [1000, 24], [1025], [2] * 300]

@@ -2,8 +2,8 @@
 
     python tools/cuda_gates.py [--arch 80 90a 100] [--json FILE]
 
-Gates: no warning; no stack, no spills and no local memory in any kernel; 128-bit loads and stores in
-the row kernels. Exit status 1 names each kernel that fails, 2 says which tool is missing.
+Gates: no warning; no stack, no spills and no local memory in any kernel; 128-bit loads and stores
+in the row kernels. Exit status 1 names each kernel that fails, 2 says which tool is missing.
 """
 
 from __future__ import annotations
