@@ -102,6 +102,7 @@ struct Warp {
   unsigned generation =
       0;  // parity picks the slot set: a lane can be one collective ahead, not two
   uint64_t slots[2][kWarp] = {};
+  uint64_t order[2] = {};
 };
 
 struct Machine {
@@ -109,6 +110,10 @@ struct Machine {
   std::vector<Warp> warps = std::vector<Warp>(kMaxThreads / kWarp);
   unsigned num_threads = 0;
   unsigned at_barrier = 0;
+  unsigned barriers = 0;  // passed so far
+  // Addresses for order_memory. A thread that is one barrier ahead must not order those behind it:
+  // hence two, by parity.
+  uint64_t block_begin = 0, block_end = 0, barrier_order[2] = {};
   unsigned running = 0;  // index of the fiber on the core
   void* scheduler_sp = nullptr;
   std::exception_ptr failure;
@@ -200,13 +205,13 @@ void fiber_main() {
 #if defined(SF_EMU_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
 #endif
-  order_memory(&machine.num_threads, true);  // what earlier blocks and the host wrote
+  order_memory(&machine.block_begin, true);  // what earlier blocks and the host wrote
   try {
     machine.body(machine.closure);
   } catch (...) {
     machine.failure = std::current_exception();
   }
-  order_memory(&machine.num_threads, false);
+  order_memory(&machine.block_end, false);
   machine.fibers[machine.running].state = State::kReturned;
   to_scheduler();
   std::abort();  // a returned fiber is never resumed
@@ -306,7 +311,7 @@ void run_block(Index3 block_index, Index3 grid, Index3 block, std::vector<unsign
     const Index3 thread{i % block.x, i / block.x % block.y, i / block.x / block.y};
     fiber.context = {thread, block_index, block, grid};
   }
-  order_memory(&machine.num_threads, false);
+  order_memory(&machine.block_begin, false);
   unsigned alive = machine.num_threads;
   while (alive > 0) {
     bool progress = false;
@@ -320,7 +325,7 @@ void run_block(Index3 block_index, Index3 grid, Index3 block, std::vector<unsign
     if (!progress) report_deadlock();
     arrange(order);
   }
-  order_memory(&machine.num_threads, true);
+  order_memory(&machine.block_end, true);
 }
 
 // Leaves the machine ready for the next launch, also after an exception.
@@ -379,7 +384,8 @@ void* shared_memory(size_t num_bytes) {
 
 void sync_threads(const char* file, int line) {
   const Place place{"__syncthreads", file, line};
-  order_memory(&machine.at_barrier, false);
+  uint64_t* const order = &machine.barrier_order[machine.barriers & 1];
+  order_memory(order, false);
   if (++machine.at_barrier < machine.num_threads) {
     wait_here(State::kAtBarrier, place);
   } else {
@@ -392,17 +398,19 @@ void sync_threads(const char* file, int line) {
     }
     for (unsigned i = 0; i < machine.num_threads; ++i) machine.fibers[i].state = State::kReady;
     machine.at_barrier = 0;
+    ++machine.barriers;
   }
-  order_memory(&machine.at_barrier, true);
+  order_memory(order, true);
 }
 
 void sync_warp(unsigned mask, const char* file, int line) {
   const Place place{"__syncwarp", file, line};
   check_mask(mask, place);
   Warp& warp = machine.warps[machine.running / kWarp];
-  order_memory(&warp, false);
+  uint64_t* const order = &warp.order[warp.generation & 1];
+  order_memory(order, false);
   join_warp(place);
-  order_memory(&warp, true);
+  order_memory(order, true);
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t bits, const char* what, const char* file,

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: build with CUDA, test, look for races and stray accesses,
+# measure. From the repository root, with torch for CUDA installed:  tools/gpu_session.sh [OUT_DIR]
+# Exit status: 0 only if all parts passed; each part's output is in OUT_DIR.
+set -uo pipefail
+out=${1:-build/gpu_session}
+mkdir -p "$out"
+export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
+
+part() {  # part NAME SECONDS COMMAND...: runs it, keeps its output, remembers a failure
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name"
+  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+    tail -n 3 "$out/$name.log"
+  else
+    failed+=("$name ($?)")
+    tail -n 40 "$out/$name.log"
+  fi
+}
+
+{
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  nvcc --version | tail -n 2
+  git rev-parse HEAD 2>/dev/null || echo "no git"
+} | tee "$out/machine.txt"
+
+part build 300 make build CUDA=ON BUILD=build/gpu
+part gates 200 python tools/cuda_gates.py --json "$out/gates.json"
+part pytest 500 python -m pytest -q -m gpu --junitxml "$out/pytest.xml"
+
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+if [ -n "$sanitizer" ]; then
+  small='test_gpu_ops and (1031 or 2048 or ttt_maps) and not 32000 and not 262144'
+  for tool in memcheck racecheck synccheck; do
+    part "$tool" 400 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      python -m pytest -q -m gpu -k "$small" -p no:cacheprovider
+  done
+else
+  failed+=("compute-sanitizer is not installed")
+fi
+
+for bench in benchmarks/*.py; do
+  [ -e "$bench" ] || continue
+  name=$(basename "$bench" .py)
+  part "bench_$name" 300 python "$bench" --quick --json "$out/$name.json"
+done
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'FAILED %s\n' "${failed[@]}"
+  exit 1
+fi
+echo "all parts passed, results in $out"
