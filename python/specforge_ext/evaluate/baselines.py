@@ -92,7 +92,7 @@ class BigramDrafter:
             if temperature == 0:
                 last = q_BV.argmax(1)
             else:
-                probs.append(self._tempered(q_BV, temperature).float())
+                probs.append(self._tempered(q_BV.float(), temperature))
                 last = torch.multinomial(probs[-1], 1, generator=generator).squeeze(1)
             tokens.append(last)
         return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None)
