@@ -102,9 +102,7 @@ def test_bigram_refuses(texts, options, message):
 
 
 def rates_along(texts: tuple[Tensor, ...], accept: Tensor, depth: int) -> Tensor:
-    """[K, T], NaN where nothing may be read. accept: [K, V, V], chance to accept b after a at depth
-    k.
-    """
+    """[K, T], NaN where nothing may be read. accept: [K, V, V], chance of b after a at depth k."""
     columns = []
     for text in texts:
         rates = torch.full((depth, len(text)), float("nan"), dtype=torch.float64)
@@ -139,9 +137,7 @@ def test_greedy_walk_equals_real_decoding_for_every_prompt():
 
 
 def test_sampled_walk_agrees_with_simulation_where_marginals_do_not():
-    """A toy chain whose acceptance depends on where one stands; text and decoding are
-    independent.
-    """
+    """A toy chain whose acceptance depends on where one stands; text and decoding differ."""
     depth, vocab, count, budget = 3, 6, 3000, 41
     table = random_table(1, vocab, seed=8, scale=1.5)
     p = table[0].double().softmax(1)

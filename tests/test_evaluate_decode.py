@@ -38,9 +38,7 @@ def greedy_definition(
     max_new: int,
     eos: tuple[int, ...],
 ) -> tuple[list[int], int, int, int, list[int]]:
-    """Rounds of one sequence, read off its finished text: tokens, steps, rounds, round tokens,
-    accepted.
-    """
+    """Read off a finished text: tokens, steps, rounds, tokens of rounds, accepted by position."""
     own = target.greedy(prompt, max_new, eos)
     beyond = target.greedy(prompt, max_new + depth + 1)
     done, steps, rounds, round_tokens, accepted_at = 1, 0, 0, 0, [0] * depth
@@ -243,9 +241,7 @@ def test_the_distribution_test_notices_planted_bugs(bug, monkeypatch):
 
 
 def test_first_acceptance_rate_is_the_overlap_of_the_distributions():
-    """Joint rate of the first drafted token: sum of min(p, q), averaged over the tokens it
-    follows.
-    """
+    """Joint rate of the first drafted token: sum of min(p, q), averaged over what it follows."""
     vocab, sequences = 5, 20_000
     table = random_table(1, vocab, seed=25, scale=1.0)
     q = random_table(1, vocab, seed=26, scale=1.0).softmax(2)
@@ -262,9 +258,7 @@ def test_first_acceptance_rate_is_the_overlap_of_the_distributions():
 
 
 class Qwen3Target:
-    """A transformers Qwen3 without a cache: every sequence is read again from its visible
-    tokens.
-    """
+    """A transformers Qwen3 without a cache: every sequence is read again from the start."""
 
     def __init__(self, seed: int) -> None:
         from transformers import Qwen3Config, Qwen3ForCausalLM

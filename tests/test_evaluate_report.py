@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def result_of(round_tokens: list[int], rounds: list[int], accepted: list[list[in
         accepted_at=torch.tensor(accepted),
         wall_s=2.0,
         prefill_s=0.5,
+        batch_size=64,
     )
 
 
@@ -105,6 +107,7 @@ def plain_of(tokens: list[int], runners_up: list[int], gaps: list[float]) -> Pla
         gaps=(torch.tensor(gaps),),
         wall_s=1.0,
         prefill_s=0.1,
+        batch_size=64,
     )
 
 
@@ -143,7 +146,7 @@ def test_a_target_that_forgets_to_drop_is_caught():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="wanted 1 continuations, got 2"):
         check_lossless([torch.tensor([1]), torch.tensor([1])], PLAIN)
-    sampled = PlainResult(0.8, PLAIN.tokens, PLAIN.runners_up, PLAIN.gaps, 1.0, 0.1)
+    sampled = replace(PLAIN, temperature=0.8)
     with pytest.raises(ValueError, match=r"wanted greedy continuations, got temperature 0.8"):
         check_lossless([torch.tensor([1])], sampled)
 
@@ -178,13 +181,22 @@ def test_speed_ups():
     assert expected_speedup(2.0, depth=4, draft_cost=0.05) == pytest.approx(2.0 / 1.2)
     assert expected_speedup(2.0, depth=4, draft_cost=0.1, verify_cost=1.1) == pytest.approx(2 / 1.5)
     result = result_of([3, 7], [2, 3], [[1, 0], [2, 2]])  # 14 tokens in 2 s
-    plain = plain_of([5] * 14, [1] * 14, [0.5] * 14)  # 14 tokens in 1 s
-    speed = speed_up(plain, result, summarise(result, draft="toy"))
+    plain = plain_of([5] * 7, [1] * 7, [0.5] * 7)  # twice 7 tokens in 1 s
+    plain = replace(plain, tokens=plain.tokens * 2, temperature=0.8)
+    row = summarise(result, draft="toy")
+    speed = speed_up(plain, result, row)
     assert speed.measured == 0.5
-    assert speed.expected[0.05] == pytest.approx(2.0 / 1.1)
+    assert speed.expected[0.05] == pytest.approx(2.0 / 1.1)  # depth 2
     line = speed_up_line(speed)
-    assert "0.50x measured here (7 / 14 tokens/s)" in line
+    assert "0.50x measured here, batches of 64 (7 / 14 tokens/s)" in line
     assert "1.82x at c=0.05" in line
+    for other in (
+        replace(plain, batch_size=1),
+        replace(plain, temperature=0.0),
+        replace(plain, tokens=plain.tokens[:1]),
+    ):
+        with pytest.raises(ValueError, match=r"wanted runs of the same \(prompts, batch size"):
+            speed_up(other, result, row)
 
 
 def cells(text: str) -> list[list[str]]:

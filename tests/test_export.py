@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -99,6 +100,7 @@ class ToyMethod:
 
 
 METHOD = ToyMethod()
+FILES = ["config.json", "model.safetensors"]
 WEIGHTS = SimpleNamespace(embed_tokens=torch.arange(VOCAB * WIDTH).view(VOCAB, WIDTH).sin())
 
 
@@ -148,9 +150,18 @@ def test_what_is_written_is_read_bit_for_bit(draft, tmp_path):
         got = read_strict(tmp_path / "deep" / "export", METHOD)
         assert parameters_sha256(got.tensors) == parameters_sha256(checkpoint.tensors)
         assert got.config == checkpoint.config
-    files = sorted(p.name for p in (tmp_path / "deep" / "export").iterdir())
-    assert files == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "deep" / "export").iterdir()) == FILES
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["export"]
+
+
+def test_others_may_read_what_the_umask_allows(draft, tmp_path):
+    old = os.umask(0o027)
+    try:
+        write(METHOD.export(draft, dtype=torch.float32), tmp_path / "export")
+    finally:
+        os.umask(old)
+    modes = [(tmp_path / "export" / name).stat().st_mode & 0o777 for name in (".", *FILES)]
+    assert modes == [0o750, 0o640, 0o640]
 
 
 def test_a_failed_write_leaves_the_old_export_and_nothing_else(draft, exported):

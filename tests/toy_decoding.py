@@ -119,9 +119,7 @@ def random_table(contexts: int, vocab: int, seed: int, scale: float = 2.0) -> Te
 
 
 def half_right(table: Tensor, seed: int) -> Tensor:
-    """[4, V, V]: the target's answers, averaged over contexts; at each depth a quarter are
-    random.
-    """
+    """[4, V, V]: the target's answers averaged over contexts, a quarter of them random."""
     generator = torch.Generator().manual_seed(seed)
     shape = (4, *table.shape[1:])
     noise = torch.randn(shape, generator=generator)

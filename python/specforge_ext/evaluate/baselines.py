@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from specforge_ext.evaluate.verify import sample
 from specforge_ext.records import Proposal
 
 
@@ -35,8 +34,8 @@ class BigramDrafter:
         """texts: [n] integer tensors; pairs never cross from one to the next.
 
         alpha: weight of the unigram, in counts. text_temperature: at which the texts were sampled
-        (1 for written text). Raises ValueError for an empty collection and for tokens outside the
-        vocabulary.
+        (1 for written text).
+        Raises ValueError for an empty collection and for tokens outside the vocabulary.
         """
         tokens = torch.cat([t.reshape(-1).long().cpu() for t in texts]) if texts else torch.empty(0)
         if not tokens.numel():
@@ -89,12 +88,21 @@ class BigramDrafter:
         probs: list[Tensor] = []
         last = self._last_B
         for _ in range(depth):
-            logits_BV = self.distribution(last).log() * self.text_temperature
-            last = sample(logits_BV, temperature=temperature, generator=generator)
+            q_BV = self.distribution(last)
+            if temperature == 0:
+                last = q_BV.argmax(1)
+            else:
+                probs.append(self._tempered(q_BV.float(), temperature))
+                last = torch.multinomial(probs[-1], 1, generator=generator).squeeze(1)
             tokens.append(last)
-            if temperature > 0:
-                probs.append((logits_BV / temperature).softmax(1).float())
         return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None)
+
+    def _tempered(self, q_BV: Tensor, temperature: float) -> Tensor:
+        exponent = self.text_temperature / temperature
+        if exponent == 1.0:
+            return q_BV
+        raised_BV = q_BV**exponent
+        return raised_BV / raised_BV.sum(1, keepdim=True)
 
     def distribution(self, tokens: Tensor) -> Tensor:
         """q(. | tokens[b]), [B, V] float64, at the temperature of the text."""

@@ -1,8 +1,6 @@
-"""Chain speculative decoding of a target and a draft, for real: the numbers are counted, not
-modelled.
+"""Chain speculative decoding of a target and a draft: numbers are counted, not modelled.
 
-Legend of shapes: B sequences of a wave, N prompts, K drafted tokens of a step (the depth), V
-vocabulary.
+Legend of shapes: B sequences of a wave, N prompts, K drafted tokens of a step (the depth).
 
 What is counted
   A *step* is one verify pass of the target over the last known token and K drafted ones. It emits
@@ -37,7 +35,8 @@ class EvalResult:
     steps: [N] int64, verify passes. rounds: [N] int64, those counted (see the module).
     round_tokens: [N] int64, tokens that the rounds emitted.
     accepted_at: [N, K] int64, rounds whose first k + 1 drafted tokens were all accepted (joint, not
-    conditional). wall_s: whole run; prefill_s: the part of it before the first step.
+    conditional). wall_s: whole run; prefill_s: the part of it before the first step. batch_size:
+    sequences decoded together.
     """
 
     depth: int
@@ -49,6 +48,7 @@ class EvalResult:
     accepted_at: Tensor
     wall_s: float
     prefill_s: float
+    batch_size: int
 
     @property
     def drafted(self) -> int:
@@ -106,6 +106,7 @@ def evaluate(
         accepted_at=torch.cat([wave.accepted_at for wave in done]).cpu(),
         wall_s=time.perf_counter() - began,
         prefill_s=prefill_s,
+        batch_size=batch_size,
     )
 
 
@@ -135,8 +136,7 @@ class _Wave:
         size, depth = len(prompts), self.depth
         read = prefill(self.target, prompts, layout, device=device)
         self.last = sample(read.logits, temperature=self.temperature, generator=self.generator)
-        # Row t pairs the features of position t with token t + 1; the last row's is the one just
-        # said.
+        # Row t pairs the features of position t with token t + 1; the last row's was just said.
         follows = read.input_ids.roll(-1, 1).scatter(
             1, read.lengths[:, None] - 1, self.last[:, None]
         )
@@ -183,9 +183,7 @@ class _Wave:
         self._account(verdict, said)
 
     def _account(self, verdict: Verdict, said: Tensor) -> None:
-        """Count the step and move on. said: [B, K + 1], token j follows column j; junk past
-        `accepted`.
-        """
+        """Count the step and move on. said: [B, K + 1]; token j follows column j <= accepted."""
         room = self.max_new_tokens - self.produced
         ends = torch.isin(said, self.eos) & (self.columns <= verdict.accepted[:, None])
         ended = ends.any(1)

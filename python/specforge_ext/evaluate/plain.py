@@ -29,8 +29,8 @@ class PlainResult:
     """One entry a prompt, on the CPU.
 
     tokens: [n] int64, end token included when it was said. runners_up: [n] int64, the second best
-    token.
-    gaps: [n] float32, best minus second best logit (nats at temperature 1).
+    token. gaps: [n] float32, best minus second best logit (nats at temperature 1). wall_s,
+    prefill_s, batch_size: as in EvalResult.
     """
 
     temperature: float
@@ -39,6 +39,7 @@ class PlainResult:
     gaps: tuple[Tensor, ...]
     wall_s: float
     prefill_s: float
+    batch_size: int
 
 
 def plain_decode(
@@ -72,9 +73,14 @@ def plain_decode(
             lengths = active.sum(1).tolist()
             for part, into in zip(rows, (tokens, runners_up, gaps), strict=True):
                 into.extend(row[:n].clone() for row, n in zip(part, lengths, strict=True))
-    wall_s = time.perf_counter() - began
     return PlainResult(
-        temperature, tuple(tokens), tuple(runners_up), tuple(gaps), wall_s, prefill_s
+        temperature=temperature,
+        tokens=tuple(tokens),
+        runners_up=tuple(runners_up),
+        gaps=tuple(gaps),
+        wall_s=time.perf_counter() - began,
+        prefill_s=prefill_s,
+        batch_size=batch_size,
     )
 
 
@@ -86,9 +92,7 @@ def _speak(
     generator: torch.Generator | None,
     eos: Tensor,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Token by token: what each sequence says, its runner-up, the gap, and whether it still speaks,
-    [B].
-    """
+    """For each token: what is said, its runner-up, the gap, who still speaks; [B] each."""
     logits, position = read.logits, read.lengths
     active = torch.ones_like(position, dtype=torch.bool)
     for spoken in range(1, max_new_tokens + 1):
@@ -106,10 +110,8 @@ def _speak(
 class Mismatch:
     """First place where a speculative continuation left the target's own.
 
-    index: token of the continuation. speculative, plain: the two tokens, NO_TOKEN where one had
-    ended.
-    gap: the target's best minus second best logit there, in the plain pass (NaN where plain had
-    ended).
+    index: in the continuation. speculative, plain: the two tokens, NO_TOKEN where one had ended.
+    gap: the target's best minus second best logit, in the plain pass; NaN where that had ended.
     tie: the gap is below the threshold and the speculative token is the second best.
     """
 
@@ -123,9 +125,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class LosslessCheck:
-    """lossless: every continuation equals the target's own, numerical ties aside (they are
-    counted).
-    """
+    """lossless: all continuations equal the target's own, but for ties, which are counted."""
 
     prompts: int
     tie_gap: float
@@ -190,9 +190,7 @@ def _first_mismatch(
 
 
 def is_cyclic(tokens: Tensor, *, max_period: int = 16, min_repeats: int = 3) -> bool:
-    """Whether the last tokens of [n] repeat with some period of at most `max_period`, `min_repeats`
-    times.
-    """
+    """Whether [n] ends in `min_repeats` copies of the same at most `max_period` tokens."""
     for period in range(1, min(max_period, len(tokens) // min_repeats) + 1):
         tail = tokens[len(tokens) - min_repeats * period :]
         if bool((tail[period:] == tail[:-period]).all()):

@@ -15,17 +15,15 @@ from specforge_ext.engines.base import TargetDecoder
 from specforge_ext.records import FeatureLayout
 
 PREFILL_COLUMNS = 128
-"""Prompt columns of one target pass: bounds the [B, columns, V] float32 logits that a pass
-returns.
-"""
+"""Prompt columns of one target pass: bounds the float32 logits that it returns."""
 
 
 @dataclass(frozen=True)
 class Prefilled:
     """logits: [B, V] after each prompt's last token. features[name]: [B, S, width].
 
-    input_ids, positions [B, S] int64, valid [B, S] bool: the right-padded prompts. lengths: [B]
-    int64.
+    input_ids, positions [B, S] int64, valid [B, S] bool: the right-padded prompts.
+    lengths: [B] int64.
     """
 
     logits: Tensor
@@ -45,9 +43,7 @@ def check_budget(max_new_tokens: int, temperature: float) -> None:
 
 
 def waves(prompts: Sequence[Tensor], batch_size: int) -> Iterator[Sequence[Tensor]]:
-    """The prompts in their order, `batch_size` at a time. ValueError if one of them cannot be
-    read.
-    """
+    """The prompts in their order, `batch_size` at a time. ValueError if one is not readable."""
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
     if not prompts:

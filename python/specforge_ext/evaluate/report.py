@@ -83,24 +83,24 @@ def expected_speedup(
     """length / (verify_cost + depth * draft_cost), over plain decoding, whose pass costs 1.
 
     draft_cost: one draft pass; verify_cost: one target pass over depth + 1 tokens (1.0 where
-    decoding is bound by reading the weights). Source: Leviathan et al., arXiv 2211.17192, Theorem
-    3.8.
+    decoding is bound by reading the weights).
+    Source: Leviathan et al., arXiv 2211.17192, Theorem 3.8.
     """
     return length / (verify_cost + depth * draft_cost)
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Tokens a second of whole runs (prefill included, to the end of the longest sequence of each
-    wave).
+    """Tokens a second of whole runs: with prefill, to the end of each wave's longest sequence.
 
-    measured: speculative / plain. expected[c]: at draft cost c and verify cost 1
-    (`expected_speedup`).
+    measured: speculative / plain, `batch_size` sequences together.
+    expected[c]: `expected_speedup` at draft cost c and verify cost 1.
     """
 
     plain_tokens_per_s: float
     speculative_tokens_per_s: float
     measured: float
+    batch_size: int
     expected: Mapping[float, float]
 
 
@@ -111,9 +111,16 @@ def speed_up(
     *,
     draft_costs: Sequence[float] = DRAFT_COSTS,
 ) -> SpeedUp:
-    """Measured and expected gain; both runs must have had the same prompts, budget and batch
-    size.
+    """Measured and expected gain over the same prompts with the same budget.
+
+    Raises ValueError if the runs differ in prompts, batch size or temperature.
     """
+    settings = [(len(run.tokens), run.batch_size, run.temperature) for run in (plain, speculative)]
+    if settings[0] != settings[1]:
+        raise ValueError(
+            "speed_up: wanted runs of the same (prompts, batch size, temperature), "
+            f"got plain {settings[0]} and speculative {settings[1]}"
+        )
     plain_rate = sum(len(row) for row in plain.tokens) / plain.wall_s
     rate = sum(len(row) for row in speculative.tokens) / speculative.wall_s
     depth = acceptance.depth
@@ -121,15 +128,16 @@ def speed_up(
         cost: expected_speedup(acceptance.length, depth=depth, draft_cost=cost)
         for cost in draft_costs
     }
-    return SpeedUp(plain_rate, rate, rate / plain_rate, expected)
+    return SpeedUp(plain_rate, rate, rate / plain_rate, plain.batch_size, expected)
 
 
 def speed_up_line(speed: SpeedUp) -> str:
     """One line: what was measured here, and what to expect at given costs."""
     expected = ", ".join(f"{gain:.2f}x at c={cost:g}" for cost, gain in speed.expected.items())
     return (
-        f"wall clock, speculative / plain: {speed.measured:.2f}x measured here "
-        f"({speed.speculative_tokens_per_s:.0f} / {speed.plain_tokens_per_s:.0f} tokens/s); "
+        f"wall clock, speculative / plain: {speed.measured:.2f}x measured here, batches of "
+        f"{speed.batch_size} ({speed.speculative_tokens_per_s:.0f} / "
+        f"{speed.plain_tokens_per_s:.0f} tokens/s); "
         f"expected length / (1 + depth c), c = draft pass / target pass: {expected}"
     )
 

@@ -77,8 +77,7 @@ def _verify_sampled(
 def residual(p: Tensor, q: Tensor) -> Tensor:
     """max(p - q, 0), not normalised, [B, V]; p itself where nothing is left.
 
-    Nothing is left only where p equals q up to rounding, and then a rejection is itself a rounding
-    error.
+    Nothing is left only where p equals q up to rounding; a rejection there is rounding itself.
     """
     left = (p - q).clamp_min(0.0)
     return torch.where(left.sum(1, keepdim=True) > 0, left, p)
@@ -111,9 +110,7 @@ def _checked_probs(proposal: Proposal, temperature: float) -> tuple[Tensor, Tens
 
 
 def sample(logits: Tensor, *, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """[B] int64 from logits [B, V]: argmax at temperature 0, else one draw of softmax(logits /
-    T).
-    """
+    """[B] int64 of logits [B, V]: argmax at temperature 0, else a draw of softmax(logits / T)."""
     if temperature == 0.0:
         return logits.argmax(1)
     probs = (logits.double() / temperature).softmax(1)

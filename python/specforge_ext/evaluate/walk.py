@@ -22,8 +22,8 @@ WALK_CONVENTION = (
 class WalkEstimate:
     """length: expected tokens a verify step. ci95: bootstrap over samples.
 
-    per_position: joint rates, as in decoding. rounds, tokens: [N] float64, expected counts of each
-    sample.
+    per_position: joint rates, as in decoding.
+    rounds, tokens: [N] float64, expected counts of each sample.
     """
 
     length: float
@@ -45,10 +45,8 @@ def walk(rates: Tensor, cu_seqlens: Tensor, *, seed: int = 0) -> WalkEstimate:
     From anchor a the walk goes on to a + i + 1 with chance r_0 .. r_{i-1} (1 - r_i), and to a + K +
     1 if all K are accepted. Anchors within K + 1 of their sample's end are not counted and their
     rates not read, as decoding does not count steps that its budget could cut short.
-    Source: renewal argument; visits are those of decoding, conditional on the text. Chain drafts
-    only.
-    Raises ValueError if a rate that is read lies outside [0, 1], or no anchor is far enough from
-    the end.
+    Source: renewal argument; visits are those of decoding, given the text. Chain drafts only.
+    Raises ValueError if a rate that is read lies outside [0, 1], or no anchor can be counted.
     """
     depth = rates.shape[0]
     offsets = cu_seqlens.to(device=rates.device, dtype=torch.int64)

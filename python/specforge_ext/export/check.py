@@ -18,11 +18,9 @@ from specforge_ext.records import DTYPE_NAMES, Proposal, TargetWeights
 
 
 def parameters_sha256(parameters: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 (hexadecimal) of parameters: names in sorted order, each with its dtype, shape and
-    bytes.
+    """SHA-256 (hexadecimal) of parameters: sorted names, each with its dtype, shape and bytes.
 
-    A module stands for its named parameters; buffers do not count. Sharded tensors must be gathered
-    first.
+    A module stands for its named parameters; buffers do not count. Gather sharded tensors first.
     """
     if isinstance(parameters, nn.Module):
         parameters = dict(parameters.named_parameters())
@@ -60,9 +58,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """differences: what is not bit-equal, by name. parameters, outputs: how many tensors were
-    compared.
-    """
+    """differences: names of what is not bit-equal. parameters, outputs: tensors compared."""
 
     differences: tuple[str, ...]
     parameters: int

@@ -29,7 +29,7 @@ def write(checkpoint: DraftCheckpoint, directory: Path) -> None:
 
     Everything is written and synced beside it, then renamed. A directory that is there already is
     moved aside first and removed last: a crash between the two renames leaves none, and the old one
-    under `.<name>.old-*`.
+    under `.<name>.old-*`. A write that is killed leaves `.<name>.new-*` behind.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +39,20 @@ def write(checkpoint: DraftCheckpoint, directory: Path) -> None:
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n"
         (fresh / CONFIG).write_text(text, encoding="utf-8")
-        fresh.chmod(0o755)  # mkdtemp makes it private
+        _share(fresh)
         for path in (fresh / WEIGHTS, fresh / CONFIG, fresh):
             _sync(path)
         _swap(fresh, directory)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def _share(directory: Path) -> None:
+    """Readable by whom the umask allows; mkdtemp and safetensors make theirs private."""
+    mode = (directory / CONFIG).stat().st_mode & 0o777
+    (directory / WEIGHTS).chmod(mode)
+    directory.chmod(mode | (mode & 0o444) >> 2)
 
 
 def _swap(fresh: Path, directory: Path) -> None:
@@ -73,8 +80,7 @@ def _sync(path: Path) -> None:
 
 
 def read_strict(directory: Path, method: Method) -> DraftCheckpoint:
-    """The checkpoint of a directory, on the CPU, checked against `method.schema` of its
-    config.json.
+    """The checkpoint of a directory, on the CPU, checked against the method's schema.
 
     Raises ValueError that lists every problem: unreadable files, further weight files (engines load
     all that they find), missing, unknown, misshapen keys, wrong dtypes, values that are not finite,
