@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ def test_real_sigterm_exits_0(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
-    result = torch.load(tmp_path / "run.pt", weights_only=True)["result"]
+    result = torch.load(tmp_path / "run.stopped.pt", weights_only=True)["result"]
     assert result["stopped_by_signal"]
     assert names(tmp_path) == [f"step_{result['steps']:08d}"]
 
@@ -397,3 +398,24 @@ def test_progress_on_a_terminal() -> None:
 
 def test_result_is_plain(calm: tuple[Trainer, Path]) -> None:
     assert set(TrainResult.__dataclass_fields__) >= {"steps", "samples_trained", "data_wait_s"}
+
+
+def test_rank_that_never_comes(tmp_path: Path) -> None:
+    """Rank 0 of 2, alone: an error within the deadline that says what it waited for."""
+    code = (
+        "from specforge_ext.trainer.distributed import open_world\n"
+        "with open_world(device='cpu', timeout_s=1): pass"
+    )
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **place, **meeting},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"CollectiveError: rank 0: no meeting of 2 ranks at 127.0.0.1:{port}" in done.stderr

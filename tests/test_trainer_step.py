@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -141,12 +142,26 @@ def test_bfloat16(world: World, tmp_path: Path) -> None:
     assert 0 < distance(half, full) < 0.5 * moved
 
 
-def test_compiles_the_units(world: World, tmp_path: Path, monkeypatch: Any) -> None:
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module)))
-    train(world, tmp_path / "units", steps=1, compile=True)
-    train(world, tmp_path / "root", steps=1, compile=True, method=toy.ToyMethod(units=False))
-    assert compiled == [toy.ToyBlock, toy.ToyDraft]
+@pytest.mark.parametrize("units", [True, False])
+def test_compiled_graphs_are_what_runs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: bool
+) -> None:
+    """With a backend that counts, because the real one takes 15 s; its graphs run eagerly."""
+    runs: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return graph.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    method = toy.ToyMethod(units=units)
+    compiled, _, _ = train(world, tmp_path / "compiled", method=method, compile=True)
+    plain, _, _ = train(world, tmp_path / "plain", method=method)
+    assert len(runs) == 5 * (toy.DEPTH if units else 1)
+    assert distance(compiled, plain) < 1e-6
 
 
 def test_step_without_weight_is_skipped(

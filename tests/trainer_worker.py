@@ -3,7 +3,8 @@
 A spec: {"name", "output_dir", "config", "total_steps", "layout", "masked_steps", "dropout",
 "draft_seed": [of each rank], "poison", "faults": {rank: {step: what}}, "kill_at_publish": step,
 "expect": name of an exception}.
-Writes <output_dir>/<name>.pt: the whole draft, the moments, the result.
+Writes <output_dir>/<name>.pt: the whole draft, the moments, the result; <name>.stopped.pt after a
+signal; <name>.error<rank> where the expected exception came.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def write(name: str, folder: Path, trainer: Trainer, result: TrainResult, world:
     }
     if world.rank == 0:
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
+        name = f"{name}.stopped" if result.stopped_by_signal else name
         torch.save({"draft": draft, "moments": moments, "result": plain}, folder / f"{name}.pt")
 
 

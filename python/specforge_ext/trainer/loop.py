@@ -84,10 +84,10 @@ class Trainer:
             "trainer": config.model_dump(mode="json", include=set(NUMERIC_FIELDS)),
         }
         units = list(method.shard_units(draft))
-        if config.activation_checkpointing:
-            checkpoint_activations(units)
         if config.compile:
             compile_units(draft, units)
+        if config.activation_checkpointing:
+            checkpoint_activations(units)
         self._shards = Shards(draft, units, world=world, precision=config.precision)
         self._optimizer = ShardedAdamW(self._shards.parameters(), config)
         self._step = TrainStep(

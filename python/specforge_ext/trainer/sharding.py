@@ -162,6 +162,9 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_units(draft: nn.Module, units: Sequence[nn.Module]) -> None:
-    """torch.compile the units in place, or the draft where there are none; names stay the same."""
+    """torch.compile the forward of the units, or of the draft where there are none, in place.
+
+    Not the modules: FSDP2's hooks around `forward` would be traced too, and end in no graph at all.
+    """
     for module in units or [draft]:
-        module.compile()
+        module.forward = torch.compile(module.forward)
