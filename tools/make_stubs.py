@@ -27,9 +27,7 @@ def generate() -> str:
             stubgen(["specforge_ext._C", "--output-dir", folder, "--exit-code"])
         text = (Path(folder) / "specforge_ext" / "_C.pyi").read_text()
     # Values that depend on how the module was built are no part of its interface.
-    text = re.sub(
-        r"^(__version__: str|__commit__: str|cuda_compiled: bool) = .*$", r"\1", text, flags=re.M
-    )
+    text = re.sub(r"^(__\w+__: str|cuda_compiled: bool) = .*$", r"\1", text, flags=re.M)
     for command in (["check", "--fix", "--quiet", "--exit-zero"], ["format", "--quiet"]):
         text = subprocess.run(
             ["ruff", *command, "--stdin-filename", str(STUB), "-"],

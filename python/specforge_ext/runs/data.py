@@ -1,7 +1,7 @@
 """The data set of a run: prompts from the recipe's sources, with the target's own continuations.
 
-Written once, by the producer, into `output_dir/data` under a hash of all that shaped it, and read by
-every rank. What lies there already is used again.
+Written once, by the producer, into `output_dir/data` under a hash of all that shaped it, and read
+by every rank. What lies there already is used again.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def prompt_source(section: dict[str, Any], *, where: str) -> PromptSource:
 def fingerprint(
     config: DataConfig, source: PromptSource, engine: Engine, tokenizer: str, seed: int
 ) -> str:
-    """A hash of all that shapes the texts: sources, tokenizer, how the target writes, its weights."""
+    """A hash of all that shapes the texts: sources, tokenizer, the target and how it writes."""
     norm = engine.weights(device=torch.device("cpu")).final_norm.float().numpy().tobytes()
     writes = config.generate.model_dump(exclude={"chunk"}) if config.generate else None
     parts = [source.content_key(), tokenizer, writes, hashlib.sha256(norm).hexdigest(), seed]

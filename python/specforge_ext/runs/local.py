@@ -104,7 +104,7 @@ def _train(recipe: Recipe, method: Method, world: World, say: Say) -> Trained:
         weights = engine.weights(device=world.device, last_layer=True)
         vocab = method.vocab(dataset.train, engine.spec)
         draft = method.build(weights, vocab, seed=recipe.run.seed)
-        steps = global_steps([len(p) for p in dataset.train], recipe.order, seed=recipe.run.seed)
+        steps = global_steps(dataset.train.lengths, recipe.order, seed=recipe.run.seed)
         say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
         reader = STORES.get(recipe.store[0]).reader(address)
         stack.callback(reader.close)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from specforge_ext.methods.eagle3.config import Eagle3Config, aux_layer_ids
 from specforge_ext.methods.eagle3.drafter import Eagle3Drafter
 from specforge_ext.methods.eagle3.init import init_from_target, init_random
 from specforge_ext.methods.eagle3.model import DraftShape, Eagle3Draft, TttSums
+from specforge_ext.methods.eagle3.vocab import build_draft_vocab, count_scored_tokens
 from specforge_ext.nn.layer import LayerShape
 from specforge_ext.records import (
     DraftCheckpoint,
@@ -19,6 +20,7 @@ from specforge_ext.records import (
     FeatureLayout,
     FeatureSpec,
     PackedBatch,
+    Prompt,
     StepLoss,
     TargetSpec,
     TargetWeights,
@@ -57,6 +59,11 @@ class Eagle3Method:
         else:
             init_random(draft, seed=seed)
         return draft.to(weights.embed_tokens.device)
+
+    def vocab(self, prompts: Iterable[Prompt], target: TargetSpec) -> DraftVocab:
+        """The `draft_vocab_size` tokens that these texts score most often."""
+        counts = count_scored_tokens(prompts, vocab_size=target.vocab_size)
+        return build_draft_vocab(counts, self.config.draft_vocab_size)
 
     def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
         """None: the one layer is used at every step of the forward, so FSDP2 gathers it with the
