@@ -69,7 +69,7 @@ class ShmHealth:
 class ShmStore:
     """The registered store: opens either side of an arena."""
 
-    config_type = ShmConfig
+    Config = ShmConfig
 
     @staticmethod
     def writer(config: ShmConfig) -> ShmWriter:

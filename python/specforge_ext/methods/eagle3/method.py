@@ -31,6 +31,7 @@ class Eagle3Method:
     """EAGLE-3 (arXiv 2503.01840) with exact row compaction."""
 
     name = "eagle3"
+    Config = Eagle3Config
 
     def __init__(self, config: Eagle3Config) -> None:
         self.config = config
