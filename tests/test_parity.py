@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import parity
 import pytest
 import torch
+
+import parity
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
