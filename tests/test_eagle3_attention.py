@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specforge_ext.methods.eagle3 import plan as plan_module
 from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.nn import flash
 from specforge_ext.nn.attention import OwnKeys, split_attention
@@ -28,8 +29,10 @@ def plan_of(mask: Sequence[int], lengths: Sequence[int], ttt_length: int) -> Ttt
     )
 
 
-def holes() -> TttPlan:
+@pytest.fixture(params=[2, 32], ids=["spans cut", "spans whole"])
+def holes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TttPlan:
     """Queries with gaps, a sample without any, a sample whose first rows do not ask."""
+    monkeypatch.setattr(plan_module, "_MAX_HOLE_ROWS", request.param)
     mask = [0] * sum(LENGTHS)
     for u in (2, 6, 12, 15, 16, 19):
         mask[u] = 1
@@ -80,8 +83,8 @@ def dense(
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
-def test_split_is_dense(step: int, heads: int, kv_heads: int) -> None:
-    plan = holes()
+def test_split_is_dense(holes: TttPlan, step: int, heads: int, kv_heads: int) -> None:
+    plan = holes
     own_k, own_v, k, v = tensors(plan, heads=heads, kv_heads=kv_heads, dtype=torch.float64)
     n = plan.steps[step].rows.numel()
     q = torch.randn(n, heads, 8, dtype=torch.float64, requires_grad=True)
@@ -110,10 +113,12 @@ def test_gradients_by_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_math_path_is_the_flash_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_math_path_is_the_flash_path(
+    holes: TttPlan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On chunks of 4 queries, so that spans are cut; CUDA uses it for float32."""
     monkeypatch.setattr(flash, "_MATH_CHUNK_ROWS", 4)
-    plan = holes().steps[0].queries
+    plan = holes.steps[0].queries
     n, c = plan.index.numel(), int(plan.cu_context[-1])
     q, grad = (torch.randn(n, 4, 8, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(c, 2, 8, dtype=dtype) for _ in range(2))
@@ -127,8 +132,8 @@ def test_math_path_is_the_flash_path(dtype: torch.dtype, monkeypatch: pytest.Mon
     )
 
 
-def test_bfloat16_is_near_float32() -> None:
-    plan = holes()
+def test_bfloat16_is_near_float32(holes: TttPlan) -> None:
+    plan = holes
     own_k, own_v, k, v = tensors(plan, heads=4, kv_heads=2, dtype=torch.float32)
     q = torch.randn(plan.steps[2].rows.numel(), 4, 8)
     exact = attend(plan, 2, q, k, v, (*own_k, *own_v))

@@ -21,11 +21,11 @@ _MATH_CHUNK_ROWS = 256
 
 @dataclass(frozen=True)
 class QuerySpan:
-    """The queries of one sample; offsets are counts of rows.
+    """Queries of one sample that lie close together; offsets are counts of rows.
 
     query: slice of the n queries. key_begin: the sample's first context row. first, end: the
-    queries lie in rows [first, end) of the sample. local: [len(query)] int64, each query's row -
-    first, where the queries leave holes in that range; None where they fill it.
+    queries lie in rows [first, end) of the sample. local: [len(query)] int64, CPU, each query's row
+    minus first, where the queries leave holes in that range; None where they fill it.
     """
 
     query: slice
@@ -34,17 +34,14 @@ class QuerySpan:
     end: int
     local: Tensor | None
 
-    @property
-    def num_queries(self) -> int:
-        return int(self.query.stop - self.query.start)
-
 
 @dataclass(frozen=True)
 class QueryPlan:
     """Which context rows ask, ascending.
 
-    index: [n] int64, the queries' context rows. cu_context: [samples + 1] int32, and max_context,
-    the longest context of a sample. All tensors lie on the device of the queries.
+    spans: each query is in one. index: [n] int64, the queries' context rows. cu_context:
+    [samples + 1] int32. max_context: rows of the longest context of a sample. Both tensors lie on
+    the device of the queries.
     """
 
     spans: tuple[QuerySpan, ...]
@@ -56,10 +53,10 @@ class QueryPlan:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: QueryPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q [n, Hq, D], k and v [C, Hkv, D] -> out [n, Hq, D], lse [n, Hq] float32 (float64 for
-    float64).
+    """q [n, Hq, D], k and v [C, Hkv, D] -> out [n, Hq, D] and lse [n, Hq], nats.
 
-    A query attends to the rows of its sample up to its own. Scores are scale * q.k, lse in nats.
+    A query attends to the rows of its sample up to its own; scores are scale * q.k. lse is float32,
+    for float64 queries float64.
     """
     if q.device.type == "cpu":
         return _cpu_forward(q, k, v, plan, scale)
@@ -112,7 +109,7 @@ def _gather(x: Tensor, span: QuerySpan) -> Tensor:
     return x if span.local is None else x.index_select(0, span.local)
 
 
-# CPU: torch's flash kernel aligns a causal mask with the first key, so a sample's queries, rows
+# CPU: torch's flash kernel aligns a causal mask with the first key, so a span's queries, rows
 # [first, end), see rows [0, first) without a mask and rows [first, end) causally.
 
 
@@ -152,21 +149,24 @@ def _cpu_backward(
     plan: QueryPlan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=_wide(x.dtype)) for x in (k, v))
     for span in plan.spans:
         rows = [x[span.query] for x in (grad_out, q, out, lse)]
         wide = [_spread(x, span) for x in rows]
         block = slice(span.key_begin + span.first, span.key_begin + span.end)
         gq, gk, gv = _cpu_backward_call(wide, k[block], v[block], scale, causal=True)
         gq = _gather(gq, span)
-        dk[block], dv[block] = gk, gv
+        dk[block] += gk
+        dv[block] += gv
         if span.first:
             before = slice(span.key_begin, span.key_begin + span.first)
             more, gk, gv = _cpu_backward_call(rows, k[before], v[before], scale, causal=False)
             gq = gq + more
-            dk[before], dv[before] = gk, gv
+            dk[before] += gk
+            dv[before] += gv
         dq[span.query] = gq
-    return dq, dk, dv
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _cpu_backward_call(

@@ -23,6 +23,9 @@ from specforge_ext.nn.flash import QueryPlan, QuerySpan
 from specforge_ext.ops import TttMaps, ttt_maps
 from specforge_ext.records import lengths_to_cu_seqlens
 
+_MAX_HOLE_ROWS = 32
+"""A wider hole between the queries of a sample starts another span, rather than being computed."""
+
 
 @dataclass(frozen=True)
 class StepRows:
@@ -129,12 +132,14 @@ def _places(rows: np.ndarray, among: np.ndarray, device: torch.device) -> Tensor
 
 
 def _query_plan(rows: np.ndarray, context: _Context, device: torch.device) -> QueryPlan:
-    bounds = np.searchsorted(rows, context.cu)
-    spans = [
-        _span(rows[a:b] - context.cu[n], slice(int(a), int(b)), int(context.begins[n]), device)
-        for n, (a, b) in enumerate(pairwise(bounds))
-        if b > a
-    ]
+    sample = np.searchsorted(context.cu, rows, side="right") - 1
+    cuts = np.diff(sample, prepend=-1).astype(bool) | (np.diff(rows, prepend=0) > _MAX_HOLE_ROWS)
+    bounds = np.append(cuts.nonzero()[0], rows.size)
+    spans = []
+    for a, b in pairwise(bounds.tolist()):
+        n = sample[a]
+        local = rows[a:b] - context.cu[n]
+        spans.append(_span(local, slice(a, b), int(context.begins[n])))
     return QueryPlan(
         spans=tuple(spans),
         index=torch.from_numpy(np.searchsorted(context.rows, rows)).to(device),
@@ -143,10 +148,10 @@ def _query_plan(rows: np.ndarray, context: _Context, device: torch.device) -> Qu
     )
 
 
-def _span(local: np.ndarray, query: slice, key_begin: int, device: torch.device) -> QuerySpan:
+def _span(local: np.ndarray, query: slice, key_begin: int) -> QuerySpan:
     first, end = int(local[0]), int(local[-1]) + 1
     dense = end - first == local.size
-    places = None if dense else torch.from_numpy(local - first).to(device)
+    places = None if dense else torch.from_numpy(local - first)
     return QuerySpan(query=query, key_begin=key_begin, first=first, end=end, local=places)
 
 
