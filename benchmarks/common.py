@@ -84,8 +84,8 @@ def _quartile_range(values: list[float]) -> float:
 class PeakMeter:
     """Peak memory above what the process holds when the meter is made (make it after the imports).
 
-    On the CPU: high-water mark of the resident set minus its size at the start. With `device` a CUDA
-    device: the peak of torch's allocator there.
+    On the CPU: high-water mark of the resident set minus its size at the start. On a CUDA device:
+    the peak of torch's allocator there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -143,7 +143,7 @@ def commit() -> str:
 
 @dataclass
 class Report:
-    """Rows of results, printed as they come; `write` stores them in the project's one JSON shape."""
+    """Rows of results, printed as they come; `write` stores them as JSON."""
 
     bench: str
     baseline: str
@@ -155,7 +155,7 @@ class Report:
     def add(
         self, case: str, impl: str, timing: Timing, peak_bytes: int | None, **extra: Value
     ) -> None:
-        """One row per (case, impl); the ratio is to the baseline's row of the same case, if there."""
+        """One row per (case, impl); the printed ratio is to the baseline's row of the case."""
         row: dict[str, Value] = {
             "case": case,
             "impl": impl,
@@ -178,7 +178,8 @@ class Report:
         )
         base = [r for r in self.rows if r["case"] == row["case"] and r["impl"] == self.baseline]
         if base and base[0] is not row:
-            text += f"  cpu x{_ratio(base[0]['cpu_s'], row['cpu_s']):.2f} of {self.baseline}"
+            less = _ratio(base[0]["cpu_s"], row["cpu_s"])
+            text += f"  {less:.2f}x less CPU than {self.baseline}"
         return text
 
     def write(self, path: Path) -> None:

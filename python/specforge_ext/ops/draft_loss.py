@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from specforge_ext import _C
 from specforge_ext.ops._matmul import add_head_grad, hidden_grad_into, logits_dtype, logits_into
@@ -260,9 +259,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[2:])
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Scales into new memory: the saved gradients must survive a second backward pass."""
+    if torch.is_grad_enabled():  # create_graph: its result would lack the terms of this op
+        raise RuntimeError("draft_loss: second derivatives are not available (create_graph=True)")
     hidden_grad_NH, head_grad_VH = ctx.saved_tensors
     wants_hidden, wants_head = ctx.wants
     return (
