@@ -166,7 +166,14 @@ def test_draft_loss_gradients(dtype: torch.dtype) -> None:
     step = (torch.arange(rows) % steps).to(torch.int32)
 
     exact = [x.double().requires_grad_(i < 2) for i, x in enumerate(floats)]
-    wanted = reference.draft_loss(*exact, teacher_lse, map_N, weight.double(), step, steps)
+    wanted = reference.draft_loss(
+        *exact,
+        teacher_lse,
+        row_to_teacher=map_N,
+        row_weight=weight.double(),
+        row_step=step,
+        num_steps=steps,
+    )
     wanted.loss_sum.backward()
     ours = [x.cuda().requires_grad_(i < 2) for i, x in enumerate(floats)]
     got = ops.draft_loss(

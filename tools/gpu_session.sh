@@ -8,6 +8,12 @@ mkdir -p "$out"
 export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 failed=()
 
+# Without a GPU every test below would be skipped, and the session would look like a success.
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu_session: torch sees no CUDA device" >&2
+  exit 2
+fi
+
 part() {  # part NAME SECONDS COMMAND...: runs it, keeps its output, remembers a failure
   local name=$1 limit=$2
   shift 2

@@ -139,7 +139,7 @@ Bytes all_kernels() {
   add(step_sums(0, 1));
   add(step_sums(300, 3));
   add(ttt_maps(13, {0, 4, 4, 13}, 3));
-  add(ttt_maps(130, {0, 70, 130}, 7));
+  add(ttt_maps(64, {0, 30, 64}, 7));  // two warps, and two tiles from step 1 on
   return all;
 }
 

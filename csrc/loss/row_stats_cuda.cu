@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     unpack(load_chunk(x + head + chunk * kChunk), values);
     stats.add(values, head + chunk * kChunk);
   }
-  if (body_end + thread < vocab) {
+  if (thread < vocab - body_end) {
     one[0] = load_one(x + body_end + thread);
     stats.add(one, body_end + thread);
   }

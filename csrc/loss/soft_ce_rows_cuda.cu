@@ -95,12 +95,12 @@ __device__ __forceinline__ void gradient(float (&x)[kCount], const float (&y)[kC
 }
 
 template <Access kAccess, class Z>
-__device__ __forceinline__ void fill_zero(Z* z, int vocab) {
+__device__ __forceinline__ void fill_zero(Z* z, unsigned vocab) {
   if constexpr (kAccess == Access::kScalar) {
-    for (int i = threadIdx.x; i < vocab; i += blockDim.x) store_one(z + i, 0.0f);
+    for (unsigned i = threadIdx.x; i < vocab; i += blockDim.x) store_one(z + i, 0.0f);
   } else {
     const Chunk<Z> zero{};
-    for (int i = threadIdx.x; i < vocab / kChunk; i += blockDim.x) {
+    for (unsigned i = threadIdx.x; i < vocab / kChunk; i += blockDim.x) {
       store_chunk(z + i * kChunk, zero);
     }
   }
@@ -140,12 +140,12 @@ struct Rows {
   static constexpr int kWidth = kAccess == Access::kScalar ? 1 : kChunk;
   Z* z;
   const T* t;
-  int count;  // steps of kWidth elements in a row
+  unsigned count;  // steps of kWidth elements in a row
 
   __device__ __forceinline__ RowPair stats() {
     RowPair pair = RowPair::identity();
     float x[kWidth], y[kWidth];
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
       load_pair(z + i * kWidth, t + i * kWidth, x, y);
       pair.student.add(x, i * kWidth);
       pair.teacher.add(y, i * kWidth);
@@ -156,7 +156,7 @@ struct Rows {
   __device__ __forceinline__ Sums write_gradient(const Scales& row) {
     Sums sums = Sums::identity();
     float x[kWidth], y[kWidth];
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
       load_pair(z + i * kWidth, t + i * kWidth, x, y);
       gradient(x, y, row, sums);
       store(z + i * kWidth, x);
@@ -169,7 +169,7 @@ template <class Z, class T>
 struct Rows<Access::kHeld, Z, T> {
   Z* z;
   const T* t;
-  int count;
+  unsigned count;
   Chunk<Z> student[kHeldChunks<Z>];
   Chunk<T> teacher[kHeldChunks<Z>];
 
@@ -177,7 +177,7 @@ struct Rows<Access::kHeld, Z, T> {
     // All loads are issued before the first is used.
 #pragma unroll
     for (int k = 0; k < kHeldChunks<Z>; ++k) {
-      const int i = threadIdx.x + k * blockDim.x;
+      const unsigned i = threadIdx.x + k * blockDim.x;
       if (i < count) {
         student[k] = load_chunk(z + i * kChunk);
         teacher[k] = load_chunk(t + i * kChunk);
@@ -187,7 +187,7 @@ struct Rows<Access::kHeld, Z, T> {
     float x[kChunk];
 #pragma unroll
     for (int k = 0; k < kHeldChunks<Z>; ++k) {
-      const int i = threadIdx.x + k * blockDim.x;
+      const unsigned i = threadIdx.x + k * blockDim.x;
       if (i < count) {
         unpack(student[k], x);
         pair.student.add(x, i * kChunk);
@@ -203,7 +203,7 @@ struct Rows<Access::kHeld, Z, T> {
     float x[kChunk], y[kChunk];
 #pragma unroll
     for (int k = 0; k < kHeldChunks<Z>; ++k) {
-      const int i = threadIdx.x + k * blockDim.x;
+      const unsigned i = threadIdx.x + k * blockDim.x;
       if (i < count) {
         unpack(student[k], x);
         unpack(teacher[k], y);
