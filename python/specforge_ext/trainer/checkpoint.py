@@ -6,8 +6,8 @@ checkpoints/step_00000100/          the state after 100 steps
     rng_<rank>.pt                   random states of each rank
     meta.json                       `Meta`
 
-Of the draft it holds the state dict: a method registers frozen target tensors as buffers that are not
-persistent, or they are written every time.
+Of the draft it holds the state dict: a method registers frozen target tensors as buffers that are
+not persistent, or they are written every time.
 """
 
 from __future__ import annotations
