@@ -19,7 +19,7 @@ from specforge_ext.trainer.loop import Trainer
 
 STEPS = 8
 # The norms lie between 9 and 18: some steps are clipped, others show the gradient's true size.
-EVERY_2 = {"checkpoint": {"every_steps": 2, "keep_last": 9}, "clip_norm": 12.0}
+EVERY_2: dict[str, Any] = {"checkpoint": {"every_steps": 2, "keep_last": 9}, "clip_norm": 12.0}
 EVEN: toy.Layout = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
 LAYOUTS: dict[str, toy.Layout] = {
     "even": EVEN,
@@ -51,12 +51,14 @@ class Outcome:
         return [file.read_text() for file in files]
 
 
-def one_rank(world: World, folder: Path, *, max_steps: int | None = None, **kwargs: Any) -> Trainer:
+def one_rank(
+    world: World, folder: Path, *, stop_after: int | None = None, resume: str = "auto"
+) -> Trainer:
     return Trainer(
-        toy.config(**EVERY_2),
+        toy.config(**{**EVERY_2, "checkpoint": {**EVERY_2["checkpoint"], "resume": resume}}),
         toy.ToyMethod(),
         toy.make_draft(),
-        toy.ToySource(STEPS, faults={max_steps - 1: "term"} if max_steps else {}, **kwargs),
+        toy.ToySource(STEPS, faults={stop_after - 1: "term"} if stop_after else {}),
         output_dir=folder,
         world=world,
     )
@@ -75,7 +77,7 @@ def job(world: World, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Every case but those that go on after a stop. In the last one a rank kills itself."""
     folder = tmp_path_factory.mktemp("job")
     # Three steps of one rank, for two ranks to go on from.
-    one_rank(world, folder / "grow", max_steps=3).fit()
+    one_rank(world, folder / "grow", stop_after=3).fit()
     # Random, so that every run of the suite tries another one.
     kill = {random.randrange(2): {random.randrange(1, STEPS): "kill"}}
     specs = [
@@ -147,19 +149,23 @@ def test_metrics_are_of_all_ranks(job: Outcome, one: Trainer, name: str) -> None
             assert a[key] == b[key]
 
 
+def test_one_rank_reads_two(job: Outcome, world: World, tmp_path: Path) -> None:
+    """Another number of ranks: the same bits."""
+    trainer = one_rank(world, tmp_path)
+    trainer._checkpointer.load(
+        job.folder / "uneven" / "checkpoints" / f"step_{STEPS:08d}", trainer._tensors()
+    )
+    two = job.load("uneven")
+    assert distance(trainer.full_state_dict(), two["draft"]) == 0
+    moments = {k: v.full_tensor() for k, v in trainer._optimizer.state().items()}
+    assert distance(moments, two["moments"]) == 0
+
+
 def test_one_rank_goes_on_from_two(
     job: Outcome, one: Trainer, world: World, tmp_path: Path
 ) -> None:
     start = job.folder / "even" / "checkpoints" / "step_00000004"
-    trainer = one_rank(world, tmp_path)
-    config = toy.config(checkpoint={"resume": str(start)})
-    trainer = Trainer(
-        config, toy.ToyMethod(), toy.make_draft(), toy.ToySource(STEPS),
-        output_dir=tmp_path, world=world,
-    )  # fmt: skip
-    trainer._checkpointer.load(start, trainer._tensors())
-    exact = {k: v.full_tensor() for k, v in trainer._optimizer.state().items()}
-    assert max(float(v.abs().max()) for v in exact.values()) > 0
+    trainer = one_rank(world, tmp_path, resume=str(start))
     assert trainer.fit().resumed_step == 4
     assert distance(trainer.full_state_dict(), one.full_state_dict()) < 1e-6
 

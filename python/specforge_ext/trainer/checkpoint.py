@@ -5,6 +5,9 @@ checkpoints/step_00000100/          the state after 100 steps
     .metadata, __<rank>_0.distcp    torch.distributed.checkpoint: parameters, buffers, moments
     rng_<rank>.pt                   random states of each rank
     meta.json                       `Meta`
+
+Of the draft it holds the state dict: a method registers frozen target tensors as buffers that are
+not persistent, or they are written every time.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class Trainer:
         check_identity(path, dict(read_meta(path).identity), self._identity)
         meta = self._checkpointer.load(path, self._tensors())
         self._optimizer.updates = meta.updates
-        if meta.world_size != self._world.size:
+        if meta.world_size != self._world.size and self._world.rank == 0:
             log.warning(
                 "%s was written by %d ranks and is read by %d: the same samples, new random states",
                 path,
