@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from transformers import (
 
 from specforge_ext.config import parse
 from specforge_ext.engines import ENGINES
+from specforge_ext.engines.base import TargetOutput
 from specforge_ext.engines.columns import Visibility
 from specforge_ext.engines.feature_batches import plan_batches
 from specforge_ext.engines.generate import choose, noise
@@ -430,6 +432,54 @@ def test_sliding_window_is_refused_beyond_the_window() -> None:
     engine = HfEngine(wrap_model(model, name="tiny"), HfConfig(model="tiny"))
     with pytest.raises(ValueError, match=r"at most sliding_window = 40 columns .* got 41"):
         engine.generate(prefixes([36]), max_new_tokens=10, temperature=0, seed=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_cuda_equals_cpu(model: Any) -> None:
+    given = prefixes([5, 9, 9, 3])
+    engines = [
+        HfEngine(wrap_model(copy.deepcopy(model).to(d), name=d), HfConfig(model="tiny"))
+        for d in ("cpu", "cuda")
+    ]
+    texts = [e.generate(given, max_new_tokens=12, temperature=0, seed=0) for e in engines]
+    assert [t.tolist() for t in texts[0]] == [t.tolist() for t in texts[1]]
+    pairs = zip(*(e.features(prompts([7, 20, 3]), layout()) for e in engines), strict=True)
+    for host, device in pairs:
+        for name, wanted in host.features.items():
+            assert device.features[name].is_cuda
+            assert_near(device.features[name].cpu(), wanted, 1e-4)
+    decode_with_holes(OnHost(engines[1].decoder()), model, given[:2], 6)
+
+
+class OnHost:
+    """A decoder whose outputs come back to the CPU."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.start, self.drop, self._decoder = decoder.start, decoder.drop, decoder
+
+    def forward(self, *args: Tensor) -> TargetOutput:
+        out = self._decoder.forward(*args)
+        return TargetOutput(out.logits.cpu(), {k: v.cpu() for k, v in out.features.items()})
+
+
+def test_the_way_of_decoding_is_logged(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="specforge_ext.engines.hf"):
+        HfEngine(wrap_model(model, name="tiny"), HfConfig(model="tiny"))
+    kind = model.config.model_type
+    wanted = "by transformers: model_type 'mistral' is none of llama, qwen3"
+    assert (wanted if kind == "mistral" else "tiny is decoded by the lean forward") in caplog.text
+
+
+def test_outputs_may_enter_autograd(engine: HfEngine) -> None:
+    """Inference tensors could not be saved for a backward pass."""
+    text = engine.generate(prefixes([3]), max_new_tokens=2, temperature=0, seed=0)[0]
+    sample = next(engine.features(prompts([3]), layout()))
+    decoder = engine.decoder()
+    decoder.start(1, layout())
+    out = decoder.forward(*(torch.zeros(1, 1, dtype=torch.int64),) * 2, torch.ones(1, 1).bool())
+    for tensor in (text, *sample.features.values(), out.logits, *out.features.values()):
+        assert not tensor.is_inference() and not tensor.requires_grad
 
 
 # Opening

@@ -54,6 +54,10 @@ class HfEngine:
     def __init__(self, target: TargetModel, config: HfConfig) -> None:
         self._target = target
         self._config = config
+        self._why_not_lean = why_not_lean(target)
+        way = "transformers" if self._why_not_lean else "the lean forward"
+        reason = f": {self._why_not_lean}" if self._why_not_lean else ""
+        log.info("engine hf: %s is decoded by %s%s", target.spec.name, way, reason)
         self.spec: TargetSpec = target.spec
 
     @classmethod
@@ -107,7 +111,7 @@ class HfEngine:
             window_tokens=WINDOW_BATCHES * self._config.max_batch_tokens,
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         prefixes: Sequence[Tensor],
@@ -154,13 +158,10 @@ class HfEngine:
 
     def _columns(self) -> ColumnModel:
         """The lean forward where the architecture is one it knows, else transformers' own."""
+        if self._why_not_lean is None:
+            return LeanModel(self._target)
         from specforge_ext.engines.hf_columns import TransformersModel
 
-        reason = why_not_lean(self._target)
-        if reason is None:
-            log.info("engine hf: %s is decoded by the lean forward", self.spec.name)
-            return LeanModel(self._target)
-        log.info("engine hf: %s is decoded by transformers: %s", self.spec.name, reason)
         return TransformersModel(self._target)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -189,6 +190,8 @@ class HfDecoder:
         self._model = model
         self._target = target
         self._layout = FeatureLayout(())
+        self._stream_ids: tuple[int, ...] = ()
+        self._visible = Visibility(0, target.device)
 
     def start(self, num_sequences: int, layout: FeatureLayout) -> None:
         check_layout(layout, self._target.spec)
