@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from specforge_ext.records import FeatureLayout, Prompt, Sample, TargetSpec, TargetWeights
@@ -63,3 +64,18 @@ class Engine(Protocol):
         ...
 
     def decoder(self) -> TargetDecoder: ...
+
+
+class EngineFactory(Protocol):
+    """What a registered engine is: a config model, and two ways to open a target.
+
+    `read_weights` is for processes that need a target's shape and a few of its weights only.
+    """
+
+    Config: type[BaseModel]
+
+    def open(self, config: Any) -> Engine: ...
+
+    def read_weights(
+        self, config: Any, *, device: torch.device, last_layer: bool = False
+    ) -> TargetWeights: ...

@@ -81,6 +81,14 @@ class HfEngine:
         )
         return cls(target, config)
 
+    @classmethod
+    def read_weights(
+        cls, config: HfConfig, *, device: torch.device, last_layer: bool = False
+    ) -> TargetWeights:
+        """`weights` of a target that is not kept: it is opened on the CPU, and let go."""
+        engine = cls.open(config.model_copy(update={"device": "cpu"}))
+        return engine.weights(device=device, last_layer=last_layer)
+
     def weights(self, *, device: torch.device, last_layer: bool = False) -> TargetWeights:
         """In the model's dtype; on the model's own device they share its memory: read only."""
         target = self._target

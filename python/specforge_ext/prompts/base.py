@@ -75,6 +75,10 @@ class PromptSet(Sequence[Prompt]):
 class PromptSource(Protocol):
     """A kind of prompts, made from its own config. Registered in `prompts.PROMPTS`."""
 
+    def content_key(self) -> str:
+        """Changes when the texts do, before the target has written anything; the same elsewhere."""
+        ...
+
     def load(self, tokenizer: Tokenizer, generate: Generate | None = None) -> PromptSet:
         """All prompts, in a fixed order. ValueError where the target must write and cannot."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,6 +78,12 @@ class JsonlPrompts:
             config.cache_dir, key, lambda: tokenize(self._records(), tokenizer, self._options)
         )
 
+    def content_key(self) -> str:
+        options = self._config.model_dump(mode="json", exclude={"paths", "cache_dir"})
+        for path in self._config.paths:
+            check_file(path)
+        return content_key(self._config.paths, options)
+
     def _records(self) -> list[Record]:
         return [record for path in self._config.paths for record in read_jsonl(path)]
 
@@ -121,6 +128,12 @@ class PythonStdlibPrompts:
             raise ValueError("python_stdlib: wanted a target to continue the prefixes, got none")
         prefixes = self.prefixes(tokenizer)
         return build_training_prompts(prefixes, generate(prefixes))
+
+    def content_key(self) -> str:
+        digest = hashlib.sha256(self._config.model_dump_json().encode())
+        for path in stdlib_files(self._config.split):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:32]
 
     def prefixes(self, tokenizer: Tokenizer) -> list[Tensor]:
         """num_prompts distinct tensors, [prefix_tokens] int32, each cut at the start of a line.

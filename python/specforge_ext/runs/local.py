@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from specforge_ext import _C, __version__
-from specforge_ext.engines import ENGINES, Engine
+from specforge_ext.engines import ENGINES
 from specforge_ext.loader import GlobalStep, Skipped, StepData, Stream, global_steps
 from specforge_ext.methods import METHODS, Method
 from specforge_ext.records import DraftVocab, TargetWeights
@@ -30,6 +30,7 @@ from specforge_ext.runs.link import ProducerLink, ProducerProcess
 from specforge_ext.runs.recipe import Recipe, load
 from specforge_ext.runs.say import Say
 from specforge_ext.store import STORES
+from specforge_ext.store.base import ProducerLost
 from specforge_ext.trainer import Trainer, TrainResult, World, open_world
 
 
@@ -55,9 +56,15 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     began = time.perf_counter()
     say = Say(began, quiet=int(os.environ.get("RANK", "0")) != 0)
     method: Method = METHODS.get(recipe.method[0])(recipe.method[1])
-    with open_world(timeout_s=recipe.trainer.collective_timeout_s) as world:
+    with open_world(timeout_s=recipe.trainer.collective_timeout_s) as world, ExitStack() as stack:
         torch.set_num_threads(threads_each(recipe, world))
-        trained = _train(recipe, method, world, say)
+        producer = _start_producer(recipe, world, stack, say)
+        try:
+            trained = _train(recipe, method, world, producer, stack, say)
+        except ProducerLost as error:
+            if producer is None:
+                raise
+            raise ProducerLost(f"{error}; {producer.obituary()}") from error
     if trained.rank != 0:
         return None
     if trained.result.stopped_by_signal:
@@ -92,72 +99,88 @@ def threads_each(recipe: Recipe, world: World) -> int:
     return max(1, (os.cpu_count() or 1) // (world.size + 1))
 
 
-def _train(recipe: Recipe, method: Method, world: World, say: Say) -> Trained:
-    with ExitStack() as stack:
-        link = _producer(recipe, world, stack, say)
-        engine: Engine = ENGINES.get(recipe.engine[0]).open(recipe.engine[1])
-        layout = method.layout(engine.spec)
-        address = link.hello(layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s)
-        files = link.prepare(timeout_s=recipe.run.prepare_timeout_s, progress=say.progress)
-        dataset = read_dataset(files)
-        say(f"data: {dataset.describe()}")
-        weights = engine.weights(device=world.device, last_layer=True)
-        vocab = method.vocab(dataset.train, engine.spec)
-        draft = method.build(weights, vocab, seed=recipe.run.seed)
-        steps = global_steps(dataset.train.lengths, recipe.order, seed=recipe.run.seed)
-        say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
-        reader = STORES.get(recipe.store[0]).reader(address)
-        stack.callback(reader.close)
-        stream = Stream(
-            steps=steps,
-            prompts=dataset.train,
-            layout=layout,
-            link=link,
-            reader=reader,
-            order=recipe.order,
-            config=recipe.stream,
-            rank=world.rank,
-            world_size=world.size,
-        )
-        source = SkipLog(stream, recipe.output_dir / "skipped.jsonl", rank=world.rank)
-        trainer = Trainer(
-            recipe.trainer,
-            method,
-            draft,
-            source,
-            output_dir=recipe.output_dir,
-            world=world,
-            identity=_identity(recipe, dataset, steps),
-        )
-        result = trainer.fit()
-        skipped = int(world.sum(torch.tensor([float(source.count)]), "skipped samples")[0])
-        return Trained(
-            result=result,
-            parameters=trainer.full_state_dict(),
-            weights=weights,
-            vocab=vocab,
-            dataset=dataset,
-            skipped=skipped,
-            rank=world.rank,
-        )
+def _train(
+    recipe: Recipe,
+    method: Method,
+    world: World,
+    producer: ProducerProcess | None,
+    stack: ExitStack,
+    say: Say,
+) -> Trained:
+    # The producer loads the target at the same time.
+    weights: TargetWeights = ENGINES.get(recipe.engine[0]).read_weights(
+        recipe.engine[1], device=world.device, last_layer=True
+    )
+    layout = method.layout(weights.spec)
+    link = _connect(recipe, world, producer, stack)
+    address = link.hello(layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s)
+    files = link.prepare(timeout_s=recipe.run.prepare_timeout_s, progress=say.progress)
+    dataset = read_dataset(files)
+    say(f"data: {dataset.describe()}")
+    vocab = method.vocab(dataset.train, weights.spec)
+    draft = method.build(weights, vocab, seed=recipe.run.seed)
+    steps = global_steps(dataset.train.lengths, recipe.order, seed=recipe.run.seed)
+    say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
+    reader = STORES.get(recipe.store[0]).reader(address)
+    stack.callback(reader.close)
+    stream = Stream(
+        steps=steps,
+        prompts=dataset.train,
+        layout=layout,
+        link=link,
+        reader=reader,
+        order=recipe.order,
+        config=recipe.stream,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    source = SkipLog(stream, recipe.output_dir / "skipped.jsonl", rank=world.rank)
+    trainer = Trainer(
+        recipe.trainer,
+        method,
+        draft,
+        source,
+        output_dir=recipe.output_dir,
+        world=world,
+        identity=_identity(recipe, dataset, steps),
+    )
+    result = trainer.fit()
+    skipped = int(world.sum(torch.tensor([float(source.count)]), "skipped samples")[0])
+    return Trained(
+        result=result,
+        parameters=trainer.full_state_dict(),
+        weights=weights,
+        vocab=vocab,
+        dataset=dataset,
+        skipped=skipped,
+        rank=world.rank,
+    )
 
 
-def _producer(recipe: Recipe, world: World, stack: ExitStack, say: Say) -> ProducerLink:
-    """Rank 0 starts the producer; every rank connects to it."""
-    path = ""
-    link: ProducerLink | None = None
+def _start_producer(
+    recipe: Recipe, world: World, stack: ExitStack, say: Say
+) -> ProducerProcess | None:
+    """Rank 0 starts it; it ends with the stack."""
+    if world.rank != 0:
+        return None
+    say(f"target: {recipe.engine[0]}, log in {recipe.output_dir / 'producer.log'}")
+    producer = ProducerProcess(
+        recipe.source,
+        num_threads=threads_each(recipe, world),
+        log_path=recipe.output_dir / "producer.log",
+    )
+    stack.callback(producer.close)
+    return producer
+
+
+def _connect(
+    recipe: Recipe, world: World, producer: ProducerProcess | None, stack: ExitStack
+) -> ProducerLink:
+    """Every rank has a connection of its own."""
     timeout_s = recipe.run.start_timeout_s
-    if world.rank == 0:
-        say(f"target: {recipe.engine[0]} {getattr(recipe.engine[1], 'model', '')}")
-        process = ProducerProcess(
-            recipe.source,
-            num_threads=threads_each(recipe, world),
-            log_path=recipe.output_dir / "producer.log",
-        )
-        stack.callback(process.close)
-        link = process.connect(timeout_s=timeout_s)
-        path = process.socket_path
-    path = world.gather(path, "the producer's address")[0]
+    link = producer.connect(timeout_s=timeout_s) if producer else None
+    mine = producer.socket_path if producer else ""
+    path = world.gather(mine, "the producer's address")[0]
     link = link or ProducerLink(path, timeout_s=timeout_s)
     stack.callback(link.close)
     return link

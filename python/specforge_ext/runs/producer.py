@@ -122,6 +122,8 @@ class Producer:
 
     def _prepare(self, client: Connection) -> None:
         """Write the data set if it is not there yet, with signs of progress to all clients."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)  # every rank waits for this
         try:
             files = run_data.prepare(
                 self._recipe.data,
@@ -133,6 +135,8 @@ class Producer:
         except ValueError as error:
             client.send({"op": "error", "text": str(error)})
             return
+        finally:
+            torch.set_num_threads(threads)
         self._prompts = {p.sample_id: p for p in run_data.read_dataset(files).train}
         client.send({"op": "prepared", "files": files})
 
