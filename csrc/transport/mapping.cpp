@@ -16,6 +16,7 @@
 
 #include "core/error.h"
 #include "transport/errors.h"
+#include "transport/memory.h"
 #include "transport/process.h"
 
 namespace sf {
@@ -31,6 +32,16 @@ uint64_t random_epoch() {
     if (::getrandom(&epoch, sizeof epoch, 0) != sizeof epoch) fail("getrandom", errno, __LINE__);
   }
   return epoch;
+}
+
+// An eighth is left to everybody else.
+void expect_memory(uint64_t nbytes) {
+  const uint64_t available = available_memory();
+  if (nbytes <= available / 8 * 7) return;
+  throw MachineError(
+      "arena: allocate " + std::to_string(nbytes) + " bytes",
+      "only " + std::to_string(available) + " are available, of which it may take 7/8", __FILE__,
+      __LINE__);
 }
 
 void check_file(int fd, const std::string& path) {
@@ -103,6 +114,7 @@ ArenaAddress ArenaAddress::parse(const std::string& text) {
 
 std::shared_ptr<Mapping> Mapping::create(uint64_t payload_bytes, uint32_t max_slots) {
   FixedHeader fixed = make_header(payload_bytes, max_slots);
+  expect_memory(fixed.total_bytes);
   fixed.epoch = random_epoch();
   fixed.producer_pid = ::getpid();
   fixed.producer_start = own_start();

@@ -30,7 +30,7 @@ struct ArenaAddress {
 class Mapping {
  public:
   // A memfd sealed against shrinking and growing, every page of it allocated and mapped.
-  // MachineError if the memory is not to be had.
+  // MachineError if that much memory is not to be had; nothing is allocated then.
   static std::shared_ptr<Mapping> create(uint64_t payload_bytes, uint32_t max_slots);
 
   // Control pages read-write, payload read-only. ProducerLost if the producer is gone or has closed

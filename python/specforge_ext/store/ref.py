@@ -36,7 +36,7 @@ def ref_from_json(text: str) -> SampleRef:
         data = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("ref: not valid JSON: nested too deeply") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also integers beyond what Python converts
         raise ValueError(f"ref: not valid JSON: {error}") from None
     _expect_keys("ref", data, _SAMPLE_KEYS)
     if not isinstance(data["tensors"], list):
@@ -131,7 +131,7 @@ def _check_extents(ref: SampleRef) -> None:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise ValueError(f"ref: wanted every key once, got {_short([key for key, _ in pairs])}")
+        raise ValueError(f"wanted every key once, got {_short([key for key, _ in pairs])}")
     return out
 
 

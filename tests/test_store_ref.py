@@ -1,0 +1,240 @@
+"""Refs from a wire: a right one comes back equal, a wrong one is refused by name."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from specforge_ext.records import SampleRef, TensorRef
+from specforge_ext.store.base import CorruptFeature, StoreError
+from specforge_ext.store.ref import check_ref, plan_tensors, ref_from_json
+from specforge_ext.store.shm import ShmConfig, ShmStore
+from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
+
+HOSTILE: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    63,
+    64,
+    1 << 31,
+    (1 << 40) - 1,
+    1 << 40,
+    (1 << 63) - 1,
+    1 << 63,
+    1 << 64,
+    10**400,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "int32",
+    "\x00",
+    "\ud800",
+    "x" * 600,
+    [],
+    [[]],
+    [1 << 62, 4],
+    [-1, -1],
+    {},
+    {"a": 1},
+]
+
+
+def good_ref() -> SampleRef:
+    tensors = plan_tensors(
+        [("input_ids", "int32", (5,)), ("loss_mask", "uint8", (5,)), ("h", "bfloat16", (5, 64))]
+    )
+    checked = tuple(replace(tensor, checksum=7) for tensor in tensors)
+    return SampleRef("id", "shm:00000000000000aa", 3, 9, LAYOUT_HASH, 5, 768, checked)
+
+
+def test_wire_format_is_exactly_this() -> None:
+    text = (
+        '{"sample_id":"id","store":"shm:00000000000000aa","slot":3,"generation":9,'
+        '"layout_hash":"0123456789abcdef","num_tokens":5,"nbytes":768,"tensors":['
+        '{"name":"input_ids","dtype":"int32","shape":[5],"offset":0,"nbytes":20,'
+        '"encoding":"none","checksum":7},'
+        '{"name":"loss_mask","dtype":"uint8","shape":[5],"offset":64,"nbytes":5,'
+        '"encoding":"none","checksum":7},'
+        '{"name":"h","dtype":"bfloat16","shape":[5,64],"offset":128,"nbytes":640,'
+        '"encoding":"none","checksum":7}]}'
+    )
+    assert good_ref().to_json() == text
+    assert ref_from_json(text) == good_ref()
+
+
+def change_tensor(index: int, **changes: Any) -> Callable[[SampleRef], SampleRef]:
+    def change(ref: SampleRef) -> SampleRef:
+        tensors = list(ref.tensors)
+        tensors[index] = replace(tensors[index], **changes)
+        return replace(ref, tensors=tuple(tensors))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: replace(r, sample_id=""), r"ref.sample_id: wanted 1 to 512 printable .* got ''"),
+        (lambda r: replace(r, sample_id="\ud800"), r"ref.sample_id: .* got '\\ud800'"),
+        (lambda r: replace(r, slot=-1), r"ref.slot: wanted an integer in 0..4294967295, got -1"),
+        (lambda r: replace(r, slot=True), r"ref.slot: .* got True"),
+        (lambda r: replace(r, generation=0), r"ref.generation: wanted an integer in 1\.\."),
+        (lambda r: replace(r, generation=1 << 40), r"ref.generation: .* got 1099511627776"),
+        (lambda r: replace(r, nbytes=10**400), r"ref.nbytes: .* got an integer of 1329 bits"),
+        (lambda r: replace(r, nbytes=767), r"ref h: wanted an end within nbytes, 767, got 768"),
+        (lambda r: replace(r, tensors=[]), r"ref.tensors: wanted a tuple of at most 256"),
+        (lambda r: replace(r, tensors=r.tensors[1:]), r"with input_ids and loss_mask, got \["),
+        (lambda r: replace(r, tensors=r.tensors * 2), r"ref.tensors: wanted unique names"),
+        (lambda r: replace(r, num_tokens=6), r"\[0\].shape\[0\]: wanted num_tokens, 6, got 5"),
+        (change_tensor(2, name="a b"), r"\[2\].name: wanted letters, digits"),
+        (change_tensor(2, dtype="float8"), r"\[2\].dtype: wanted one of \[.*\], got 'float8'"),
+        (change_tensor(2, dtype=["x"]), r"\[2\].dtype: wanted one of"),
+        (
+            change_tensor(0, dtype="int64"),
+            r"\[0\].dtype: wanted 'int32' for input_ids",
+        ),
+        (change_tensor(2, encoding="zip"), r"\[2\].encoding: wanted 'none', got 'zip'"),
+        (change_tensor(2, checksum=1 << 32), r"\[2\].checksum: wanted an integer in"),
+        (change_tensor(2, shape=(5,)), r"\[2\].shape: wanted 2 dimensions, got \(5,\)"),
+        (change_tensor(2, shape=(5, -64)), r"\[2\].shape\[1\]: wanted an integer in"),
+        (change_tensor(2, shape=(5, 63)), r"\[2\].nbytes: wanted 630, the product of .* got 640"),
+        (change_tensor(2, offset=100), r"\[2\].offset: wanted a multiple of 64, got 100"),
+        (change_tensor(2, offset=0), r"ref \w+.offset: wanted no overlap, at least \d+, got"),
+        (change_tensor(2, offset=1 << 63), r"\[2\].offset: wanted an integer in"),
+    ],
+)
+def test_refused_by_name(change: Callable[[SampleRef], SampleRef], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_ref(change(good_ref()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "ref: not valid JSON"),
+        ("[" * 60000, "ref: not valid JSON: nested too deeply"),
+        (" " * (1 << 17), "ref: wanted at most 65536 characters, got 131072"),
+        ("[]", r"ref: wanted an object, got \[\]"),
+        ("{}", r"ref: wanted the keys \[.*\], got \[\]"),
+        (
+            '{"slot":1,"slot":1}',
+            r"JSON: wanted every key once, got \['slot', 'slot'\]",
+        ),
+        ("1" * 5000, "ref: not valid JSON"),
+    ],
+)
+def test_text_that_is_no_ref(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ref_from_json(text)
+
+
+def test_lists_must_be_lists() -> None:
+    data = json.loads(good_ref().to_json())
+    with pytest.raises(ValueError, match=r"ref.tensors: wanted a list, got 'x'"):
+        ref_from_json(json.dumps({**data, "tensors": "x"}))
+    with pytest.raises(ValueError, match=r"ref.tensors\[0\]: wanted an object, got 1"):
+        ref_from_json(json.dumps({**data, "tensors": [1]}))
+    data["tensors"][1]["shape"] = 5
+    with pytest.raises(ValueError, match=r"ref.tensors\[1\].shape: wanted a list, got 5"):
+        ref_from_json(json.dumps(data))
+
+
+def test_plan_is_aligned_and_tight() -> None:
+    shapes = [("a", "uint8", (65,)), ("b", "int64", (0,)), ("c", "bfloat16", (3, 1))]
+    planned = plan_tensors(shapes)
+    assert planned == (
+        TensorRef("a", "uint8", (65,), 0, 65),
+        TensorRef("b", "int64", (0,), 128, 0),
+        TensorRef("c", "bfloat16", (3, 1), 128, 6),
+    )
+
+
+def mutate_tree(data: Any, rng: random.Random) -> None:
+    """Replace, remove or add one value somewhere."""
+    while True:
+        keys = list(data) if isinstance(data, dict) else list(range(len(data)))
+        if not keys:
+            return
+        key = rng.choice(keys)
+        if isinstance(data[key], dict | list) and rng.random() < 0.8:
+            data = data[key]
+            continue
+        action = rng.random()
+        if action < 0.1:
+            del data[key]
+        elif action < 0.15 and isinstance(data, dict):
+            data["surplus"] = data[key]
+        elif action < 0.5 and type(data[key]) is int:
+            data[key] += rng.choice([-64, -1, 1, 64, 1 << 32, 1 << 63])
+        else:
+            data[key] = rng.choice(HOSTILE)
+        return
+
+
+def mutate_text(text: str, rng: random.Random) -> str:
+    at = rng.randrange(len(text))
+    action = rng.randrange(4)
+    if action == 0:
+        return text[:at]
+    if action == 1:
+        return text[:at] + text[at + rng.randrange(1, 20) :]
+    if action == 2:
+        return (
+            text[:at] + chr(rng.choice([0, 34, 45, 48, 57, 91, 123, 0xD800, 0x1F600])) + text[at:]
+        )
+    return text[:at] + text[at:][:30] + text[at:]
+
+
+def test_fuzz_only_typed_errors() -> None:
+    """10,000 mutants against a store that is open: refused with a type, or the sample unharmed."""
+    rng = random.Random(20261121)
+    sample = make_sample(1)
+    writer = ShmStore.writer(ShmConfig(capacity_bytes=1 << 16, max_slots=4))
+    reader = ShmStore.reader(writer.address())
+    good = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    text = good.to_json()
+    num_parsed = num_refused = 0
+    for _ in range(10_000):
+        mutant = text
+        if rng.random() < 0.5:
+            data = json.loads(text)
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                mutate_tree(data, rng)
+            mutant = json.dumps(data)
+        else:
+            mutant = mutate_text(text, rng)
+        try:
+            ref = ref_from_json(mutant)
+            num_parsed += 1
+            with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+                lease.sample.prompt.input_ids.sum()
+        except (ValueError, StoreError):
+            num_refused += 1
+    assert num_refused > 9000
+    assert num_parsed > 100
+    assert writer.health().slots_ready == 1
+    with reader.open(good, layout_hash=LAYOUT_HASH, verify=True) as lease:
+        assert same_sample(lease.sample, sample)
+
+
+def test_wrong_ref_that_only_the_checksum_refuses() -> None:
+    """Two features of one size, each at the other's place: the ref is sound, the bytes are not."""
+    writer = ShmStore.writer(ShmConfig(capacity_bytes=1 << 16, max_slots=4))
+    reader = ShmStore.reader(writer.address())
+    ref = writer.put(make_sample(1), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    offsets = {tensor.name: tensor.offset for tensor in ref.tensors}
+    offsets["float32"], offsets["int32"] = offsets["int32"], offsets["float32"]
+    swapped = tuple(replace(tensor, offset=offsets[tensor.name]) for tensor in ref.tensors)
+    with pytest.raises(CorruptFeature, match=r"float32: wanted crc32c \w{8}, got \w{8}"):
+        reader.open(replace(ref, tensors=swapped), layout_hash=LAYOUT_HASH, verify=True)
+    assert writer.health().slots_ready == 1
