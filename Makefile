@@ -5,7 +5,7 @@ CUDA ?= OFF
 BUILD ?= build/dev
 export PYTHONPATH := $(CURDIR)/python:$(PYTHONPATH)
 
-.PHONY: build stubs lint format test clean
+.PHONY: build stubs lint format test peers clean
 
 build:
 	mkdir -p $(BUILD)
@@ -29,6 +29,10 @@ format:
 
 test:
 	$(PYTHON) -m pytest -q
+
+# What benchmarks compare with. --no-deps: peers pin other versions of torch and transformers.
+peers:
+	$(PYTHON) -m pip install -q --no-deps -r benchmarks/peers.txt
 
 clean:
 	rm -rf build python/specforge_ext/_C*.so

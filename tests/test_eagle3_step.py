@@ -13,6 +13,7 @@ import eagle3_cases as cases
 from specforge_ext.methods.eagle3 import Eagle3Method
 from specforge_ext.methods.eagle3.model import Eagle3Draft
 from specforge_ext.records import PackedBatch, StepLoss
+from specforge_ext.trainer.sharding import checkpoint_activations
 
 
 def run(
@@ -230,3 +231,15 @@ def test_compiled_step_is_the_same() -> None:
     result.loss_sum.backward()
     assert result.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
     assert_near(cases.gradients(draft), gradients, tolerance=2e-6)
+
+
+def test_recomputed_activations_give_the_same_bits() -> None:
+    packed = cases.batch([9, 13])
+    method, kept, weights = cases.build()
+    _, expected = run(method, kept, packed)
+    _, recomputed, _ = cases.build(weights=weights)
+    checkpoint_activations(method.recompute_units(recomputed))
+    _, gradients = run(method, recomputed, packed)
+    assert expected.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected[name]), name

@@ -71,6 +71,9 @@ class ToyMethod:
     def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
         return [draft.block] if self.units else []
 
+    def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
+        return self.shard_units(draft)
+
     def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
         mask = batch.loss_mask.bool()
         scored = mask.sum()

@@ -76,6 +76,10 @@ class Method(Protocol):
         """Submodules that FSDP2 shards one by one before the root."""
         ...
 
+    def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
+        """Submodules with a pure forward, computed again in backward if activations are not kept."""
+        ...
+
     def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
         """Loss of a micro-batch, as sums. Goes through draft.forward, so that FSDP2's hooks run."""
         ...

@@ -87,7 +87,7 @@ class Trainer:
         if config.compile:
             compile_units(draft, units)
         if config.activation_checkpointing:
-            checkpoint_activations(units)
+            checkpoint_activations(method.recompute_units(draft))
         self._shards = Shards(draft, units, world=world, precision=config.precision)
         self._optimizer = ShardedAdamW(self._shards.parameters(), config)
         self._step = TrainStep(

@@ -147,7 +147,7 @@ def checkpoint_activations(units: Sequence[nn.Module]) -> None:
     """
     if not units:
         raise ValueError(
-            "trainer.activation_checkpointing: wanted a method with shard units, got none"
+            "trainer.activation_checkpointing: wanted a method with recompute units, got none"
         )
     for unit in units:
         unit.forward = _recomputed(unit.forward)

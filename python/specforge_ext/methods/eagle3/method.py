@@ -72,6 +72,10 @@ class Eagle3Method:
         """
         return ()
 
+    def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
+        """The feed-forward block: most of what a step keeps, [rows, intermediate] three times."""
+        return (_as_eagle3(draft).midlayer.mlp,)
+
     def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
         """Metrics [L]: loss, accepted (sums over `rows`), correct (over `scored`: loss mask 1),
         rows, scored.
