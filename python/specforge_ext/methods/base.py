@@ -77,7 +77,7 @@ class Method(Protocol):
         ...
 
     def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """Submodules with a pure forward, computed again in backward if activations are not kept."""
+        """Submodules with a pure forward; activation checkpointing computes them again."""
         ...
 
     def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
