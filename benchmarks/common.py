@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -93,18 +92,21 @@ class PeakMeter:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self._baseline = 0 if device.type == "cuda" else _resident_bytes()
+        self._baseline = 0 if device.type == "cuda" else _status_bytes("VmRSS")
 
     def bytes(self) -> int:
         if self._device.type == "cuda":
             _synchronize()
             return int(torch.cuda.max_memory_allocated(self._device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._baseline
+        # Not getrusage: its maximum survives exec, and so holds what the parent held.
+        return _status_bytes("VmHWM") - self._baseline
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: peak memory needs Linux")
 
 
 def machine() -> str:

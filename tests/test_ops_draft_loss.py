@@ -267,7 +267,7 @@ def test_teacher_stats_follow_the_definition(hardware: str, rows: int, dtype: to
 
 
 PEAK_SCRIPT = """
-import resource, sys
+import sys
 sys.path.insert(0, "tests")
 import torch
 from ops_helpers import loss_case
@@ -278,9 +278,11 @@ def run(case):
     return out, torch.autograd.grad(out.loss_sum, (case.hidden, case.head))
 run(loss_case(8, 2, 64))  # what libraries allocate at their first use
 case = loss_case(1400, 20, 16000, width=32)
-resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def status(key):  # not getrusage: its maximum survives exec, and so holds what the parent held
+    return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
+resident = status("VmRSS")
 run(case)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
+print(status("VmHWM") - resident)
 """
 
 
