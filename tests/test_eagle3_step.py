@@ -230,3 +230,20 @@ def test_compiled_step_is_the_same() -> None:
     result.loss_sum.backward()
     assert result.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
     assert_near(cases.gradients(draft), gradients, tolerance=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compaction", [True, False])
+def test_cuda_step_is_the_cpu_step(compaction: bool) -> None:
+    packed = cases.batch((41, 1, 30))
+    method, draft, _ = cases.build(compaction=compaction)
+    expected, gradients = run(method, draft, packed)
+    cuda = torch.device("cuda")
+    draft.to(cuda)
+    result, got = run(method, draft, packed.to(cuda))
+    assert result.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-5)
+    assert_near({name: g.cpu() for name, g in got.items()}, gradients, tolerance=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        rounded = method.step(draft, packed.to(cuda)).loss_sum
+    assert rounded.item() == pytest.approx(expected.loss_sum.item(), rel=0.01)

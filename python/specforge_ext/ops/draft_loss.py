@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from specforge_ext import _C
 from specforge_ext.ops._matmul import add_head_grad, hidden_grad_into, logits_dtype, logits_into
@@ -189,9 +188,11 @@ def _draft_loss(
     hidden_grad_NH = torch.empty_like(
         hidden_NH if wants_hidden_grad else hidden_NH[:0], memory_format=torch.contiguous_format
     )
-    head_grad_VH = torch.zeros(
-        head_VH.shape if wants_head_grad else (0,), dtype=torch.float32, device=head_VH.device
+    head_grad_VH = head_VH.new_empty(
+        head_VH.shape if wants_head_grad else (0,), dtype=torch.float32
     )
+    if not chunks:
+        head_grad_VH.zero_()
     loss_N, accepted_N = (hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
     most_rows = max((chunk.row_end - chunk.row for chunk in chunks), default=0)
@@ -223,7 +224,7 @@ def _draft_loss(
             if wants_hidden_grad:
                 hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
             if wants_head_grad:
-                add_head_grad(head_grad_VH, logits, hidden)
+                add_head_grad(head_grad_VH, logits, hidden, overwrites=chunk is chunks[0])
     sums_5L = hidden_NH.new_empty((5, num_steps), dtype=torch.float64)
     _C.step_sums(
         loss_N, accepted_N, correct_N, row_weight_N, row_step_N, sums_5L, stream_of(loss_N)
@@ -260,9 +261,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[2:])
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Scales into new memory: the saved gradients must survive a second backward pass."""
+    if torch.is_grad_enabled():  # create_graph: its result would lack the terms of this op
+        raise RuntimeError("draft_loss: second derivatives are not available (create_graph=True)")
     hidden_grad_NH, head_grad_VH = ctx.saved_tensors
     wants_hidden, wants_head = ctx.wants
     return (
