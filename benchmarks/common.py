@@ -83,9 +83,8 @@ def _quartile_range(values: list[float]) -> float:
 class PeakMeter:
     """Peak memory above what the process holds when the meter is made (make it after the imports).
 
-    On the CPU: high-water mark of the resident set minus its size at the start; Linux only. Not
-    getrusage's mark, which a process inherits from the one that started it. With `device` a CUDA
-    device: the peak of torch's allocator there.
+    On the CPU: high-water mark of the resident set minus its size at the start. On a CUDA device:
+    the peak of torch's allocator there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -93,24 +92,21 @@ class PeakMeter:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         self._baseline = 0 if device.type == "cuda" else _status_bytes("VmRSS")
 
     def bytes(self) -> int:
         if self._device.type == "cuda":
             _synchronize()
             return int(torch.cuda.max_memory_allocated(self._device))
+        # Not getrusage: its maximum survives exec, and so holds what the parent held.
         return _status_bytes("VmHWM") - self._baseline
 
 
 def _status_bytes(key: str) -> int:
-    """A size from /proc/self/status, where it stands in KiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status: wanted a line {key!r}, found none")
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: peak memory needs Linux")
 
 
 def machine() -> str:
@@ -149,9 +145,7 @@ def commit() -> str:
 
 @dataclass
 class Report:
-    """Rows of results, printed as they come; `write` stores them in the project's one JSON
-    shape.
-    """
+    """Rows of results, printed as they come; `write` stores them as JSON."""
 
     bench: str
     baseline: str
@@ -163,9 +157,7 @@ class Report:
     def add(
         self, case: str, impl: str, timing: Timing, peak_bytes: int | None, **extra: Value
     ) -> None:
-        """One row per (case, impl); the ratio is to the baseline's row of the same case, if
-        there.
-        """
+        """One row per (case, impl); the printed ratio is to the baseline's row of the case."""
         row: dict[str, Value] = {
             "case": case,
             "impl": impl,

@@ -110,60 +110,44 @@ SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
 
 #else
 
-// Loops of fixed length, which every compiler turns into the vectors of its target.
+// The compiler's own vectors, which it maps to those of the target (SSE2, NEON), or to scalars.
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
 struct Vec {
-  static constexpr int kWidth = 8;
-  float v[kWidth];
+  static constexpr int kWidth = 4;
+  Float4 v;
 };
 
-template <class F>
-SF_ALWAYS_INLINE Vec lanes(F f) {
+SF_ALWAYS_INLINE Vec set1(float x) { return {Float4{x, x, x, x}}; }
+SF_ALWAYS_INLINE Vec load(const float* p) {
   Vec out;
-  for (int k = 0; k < Vec::kWidth; ++k) out.v[k] = f(k);
+  std::memcpy(&out.v, p, sizeof out.v);
   return out;
 }
-
-SF_ALWAYS_INLINE Vec set1(float x) {
-  return lanes([=](int) { return x; });
+SF_ALWAYS_INLINE Vec load(const bf16* p) {
+  return {Float4{to_f32(p[0]), to_f32(p[1]), to_f32(p[2]), to_f32(p[3])}};
 }
-template <class T>
-SF_ALWAYS_INLINE Vec load(const T* p) {
-  return lanes([=](int k) { return to_f32(p[k]); });
-}
-SF_ALWAYS_INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+SF_ALWAYS_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
 SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
   for (int k = 0; k < Vec::kWidth; ++k) p[k] = to_bf16(a.v[k]);
 }
-SF_ALWAYS_INLINE Vec operator+(Vec a, Vec b) {
-  return lanes([&](int k) { return a.v[k] + b.v[k]; });
-}
-SF_ALWAYS_INLINE Vec operator-(Vec a, Vec b) {
-  return lanes([&](int k) { return a.v[k] - b.v[k]; });
-}
-SF_ALWAYS_INLINE Vec operator*(Vec a, Vec b) {
-  return lanes([&](int k) { return a.v[k] * b.v[k]; });
-}
+SF_ALWAYS_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+SF_ALWAYS_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+SF_ALWAYS_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 // Two roundings: std::fma is a call into libm where the target has no such instruction.
-SF_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) {
-  return lanes([&](int k) { return a.v[k] * b.v[k] + c.v[k]; });
-}
-SF_ALWAYS_INLINE Vec max(Vec a, Vec b) {
-  return lanes([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; });
-}
-SF_ALWAYS_INLINE Vec min(Vec a, Vec b) {
-  return lanes([&](int k) { return a.v[k] < b.v[k] ? a.v[k] : b.v[k]; });
-}
+SF_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+SF_ALWAYS_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+SF_ALWAYS_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 SF_ALWAYS_INLINE uint32_t equal_mask(Vec a, Vec b) {
-  uint32_t mask = 0;
-  for (int k = 0; k < Vec::kWidth; ++k) mask |= static_cast<uint32_t>(a.v[k] == b.v[k]) << k;
-  return mask;
+  const Int4 equal = a.v == b.v;
+  return static_cast<uint32_t>((equal[0] & 1) | (equal[1] & 2) | (equal[2] & 4) | (equal[3] & 8));
 }
 SF_ALWAYS_INLINE Vec zero_below(Vec value, Vec x, float low) {
-  return lanes([&](int k) { return x.v[k] >= low ? value.v[k] : 0.0f; });
+  return {x.v >= low ? value.v : Float4{}};
 }
 SF_ALWAYS_INLINE Vec exp2i(Vec n) {
-  return lanes(
-      [&](int k) { return std::bit_cast<float>((static_cast<int32_t>(n.v[k]) + 127) << 23); });
+  return {std::bit_cast<Float4>((__builtin_convertvector(n.v, Int4) + 127) << 23)};
 }
 
 #endif

@@ -4,7 +4,7 @@ keys.
 At step i the query of row t attends, in one softmax, to the step-0 keys of its sample up to t and
 to the keys that row t itself made at steps 1..i. The first part is plain causal attention, the
 second a handful of dot products a row; the two are merged by their log-sum-exps, so that no mask
-and no square matrix exists. docs/design: methods, section 1.
+and no square matrix exists.
 
 Legend of shapes: C context rows, n query rows, n_j rows that were active at step j, Hq / Hkv heads,
 G = Hq / Hkv, D head dimension.

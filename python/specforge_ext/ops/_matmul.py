@@ -45,15 +45,29 @@ def hidden_grad_into(out_NH: Tensor, grad_NV: Tensor, head_VH: Tensor) -> None:
     out_NH.copy_(total_NH)
 
 
-def add_head_grad(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
-    """total += grad^T hidden; total is float32 whatever the others are."""
+def add_head_grad(
+    total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor, *, overwrites: bool
+) -> None:
+    """total += grad^T hidden; total is float32 whatever the others are. `overwrites`: = instead."""
+    beta = 0 if overwrites else 1
     if grad_NV.dtype == torch.float32:
-        total_VH.addmm_(grad_NV.t(), hidden_NH.to(torch.float32))
+        total_VH.addmm_(grad_NV.t(), hidden_NH.to(torch.float32), beta=beta)
     elif grad_NV.device.type == "cuda":
-        torch.addmm(total_VH, grad_NV.t(), hidden_NH, out_dtype=torch.float32, out=total_VH)
+        torch.addmm(
+            total_VH,
+            grad_NV.t(),
+            hidden_NH,
+            out_dtype=torch.float32,
+            beta=beta,
+            out=total_VH,
+        )
     else:
         for rows in _blocks(total_VH):
-            total_VH[rows] += torch.mm(grad_NV[:, rows].t(), hidden_NH)
+            part = torch.mm(grad_NV[:, rows].t(), hidden_NH)
+            if overwrites:
+                total_VH[rows] = part
+            else:
+                total_VH[rows] += part
 
 
 def _blocks(head_VH: Tensor) -> Iterator[slice]:

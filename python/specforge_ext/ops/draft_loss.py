@@ -188,9 +188,11 @@ def _draft_loss(
     hidden_grad_NH = torch.empty_like(
         hidden_NH if wants_hidden_grad else hidden_NH[:0], memory_format=torch.contiguous_format
     )
-    head_grad_VH = torch.zeros(
-        head_VH.shape if wants_head_grad else (0,), dtype=torch.float32, device=head_VH.device
+    head_grad_VH = head_VH.new_empty(
+        head_VH.shape if wants_head_grad else (0,), dtype=torch.float32
     )
+    if not chunks:
+        head_grad_VH.zero_()
     loss_N, accepted_N = (hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
     most_rows = max((chunk.row_end - chunk.row for chunk in chunks), default=0)
@@ -222,7 +224,7 @@ def _draft_loss(
             if wants_hidden_grad:
                 hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
             if wants_head_grad:
-                add_head_grad(head_grad_VH, logits, hidden)
+                add_head_grad(head_grad_VH, logits, hidden, overwrites=chunk is chunks[0])
     sums_5L = hidden_NH.new_empty((5, num_steps), dtype=torch.float64)
     _C.step_sums(
         loss_N, accepted_N, correct_N, row_weight_N, row_step_N, sums_5L, stream_of(loss_N)

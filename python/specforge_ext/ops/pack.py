@@ -12,9 +12,9 @@ from specforge_ext.ops._native import stream_of
 from specforge_ext.ops.results import TttMaps
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def ttt_maps(mask_T: Tensor, cu_seqlens: Tensor, ttt_length: int) -> TttMaps:
-    """The row maps of `TttMaps` for a packed batch. Their sizes depend on the mask: one sync.
+    """The row maps of `TttMaps` for a packed batch. Their sizes depend on the mask: one sync,
+    and a break in the graph of torch.compile.
 
     mask: [T] uint8 or bool, 1 where a position is scored (its teacher's argmax is in the draft's
         vocabulary already). cu_seqlens: [N + 1] int32. Both on one device.

@@ -42,12 +42,17 @@ class Eagle3Config(Config):
     head_dim: Positive | None = None
 
 
+def engine_default_layer_ids(num_layers: int) -> tuple[int, int, int]:
+    """What SGLang and vLLM take when a draft names no layers; not checked for sense."""
+    return 2, num_layers // 2, num_layers - 3
+
+
 def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
-    """HF `hidden_states` indices that SGLang and vLLM take when a draft names none.
+    """HF `hidden_states` indices of the features when the config names none: the engines' default.
 
     ValueError if the target has too few layers for them to be distinct and ascending.
     """
-    ids = (2, num_layers // 2, num_layers - 3)
+    ids = engine_default_layer_ids(num_layers)
     if not ids[0] < ids[1] < ids[2]:
         raise ValueError(
             f"aux_layer_ids: the default [2, L/2, L-3] of a target with {num_layers} layers is "

@@ -9,7 +9,11 @@ from collections.abc import Mapping
 
 import torch
 
-from specforge_ext.methods.eagle3.config import Eagle3Config, aux_layer_ids, default_aux_layer_ids
+from specforge_ext.methods.eagle3.config import (
+    Eagle3Config,
+    aux_layer_ids,
+    engine_default_layer_ids,
+)
 from specforge_ext.methods.eagle3.model import DraftShape, Eagle3Draft
 from specforge_ext.nn.layer import LayerShape
 from specforge_ext.records import (
@@ -58,7 +62,7 @@ def engine_configs(
     otherwise {"sglang": ..., "vllm": ...}, because they read the key's ids differently.
     """
     ids = _own_layer_ids(config)
-    if num_target_layers >= 8 and ids == default_aux_layer_ids(num_target_layers):
+    if ids == engine_default_layer_ids(num_target_layers):
         return {"": dict(config)}
     if ids[0] == 0:
         raise ValueError(

@@ -59,6 +59,7 @@ class TttPlan:
     teacher_rows: Tensor
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def build_plan(
     mask: Tensor,
     lengths: Sequence[int],
