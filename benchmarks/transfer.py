@@ -22,10 +22,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.multiprocessing
-from common import BenchScript, PeakMeter, Report, Timing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common import BenchScript, PeakMeter, Report, Timing
 from specforge_ext.records import FeatureLayout, FeatureSpec, Prompt, Sample, SampleRef
 from specforge_ext.store.shm import ShmConfig, ShmLease, ShmReservation, ShmStore
 

@@ -13,7 +13,6 @@ import eagle3_cases as cases
 from specforge_ext.methods.eagle3 import Eagle3Method
 from specforge_ext.methods.eagle3.model import Eagle3Draft
 from specforge_ext.records import PackedBatch, StepLoss
-from specforge_ext.trainer.sharding import checkpoint_activations
 
 
 def run(
