@@ -117,9 +117,7 @@ def test_activation_checkpointing_changes_no_bit(world: World, tmp_path: Path) -
 
 
 def test_activation_checkpointing_wants_units(world: World, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="wanted a method with recompute units"
-    ):
+    with pytest.raises(ValueError, match="wanted a method with recompute units"):
         train(world, tmp_path, method=toy.ToyMethod(units=False), activation_checkpointing=True)
 
 

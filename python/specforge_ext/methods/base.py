@@ -94,6 +94,15 @@ class Method(Protocol):
         """The draft under its public names, as SGLang and vLLM load it."""
         ...
 
+    def engine_configs(
+        self, config: Mapping[str, object], target: TargetSpec
+    ) -> Mapping[str, Mapping[str, object]]:
+        """config.json of each directory that an export needs, by the directory's name.
+
+        {"": config} where one directory serves every engine; else one an engine.
+        """
+        ...
+
     def schema(
         self, config: Mapping[str, object]
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:

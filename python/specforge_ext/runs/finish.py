@@ -29,7 +29,13 @@ from specforge_ext.evaluate import (
 )
 from specforge_ext.export import Observed, parameters_sha256, read_strict, verify_export, write
 from specforge_ext.methods import Drafter, Method
-from specforge_ext.records import DTYPES, DraftVocab, FeatureLayout, TargetWeights
+from specforge_ext.records import (
+    DTYPES,
+    DraftCheckpoint,
+    DraftVocab,
+    FeatureLayout,
+    TargetWeights,
+)
 from specforge_ext.runs.data import Dataset
 from specforge_ext.runs.recipe import Recipe
 from specforge_ext.runs.say import Say
@@ -74,8 +80,7 @@ def finish(
     """
     engine: Engine = ENGINES.get(recipe.engine[0]).open(recipe.engine[1])
     dtype = DTYPES[recipe.export.dtype]
-    directory = recipe.output_dir / "export"
-    write(method.export(draft, weights.spec, dtype=dtype), directory)
+    directory = _write_export(method, draft, weights, recipe.output_dir / "export", dtype)
     layout = method.layout(engine.spec)
     prompts = list(dataset.heldout)[: recipe.evaluate.num_prompts]
     probe = prompts or [dataset.train[i].input_ids for i in range(min(4, len(dataset.train)))]
@@ -105,6 +110,17 @@ def finish(
         )
     measured = _Measurement(recipe, engine, layout, prompts)
     return measured.report(drafters, say, directory, check.ok, fingerprint)
+
+
+def _write_export(
+    method: Method, draft: nn.Module, weights: TargetWeights, directory: Path, dtype: torch.dtype
+) -> Path:
+    """One directory, or one an engine below it; the first of them, to be read back."""
+    checkpoint = method.export(draft, weights.spec, dtype=dtype)
+    configs = method.engine_configs(checkpoint.config, weights.spec)
+    for engine, config in configs.items():
+        write(DraftCheckpoint(checkpoint.tensors, config), directory / engine)
+    return directory / next(iter(configs))
 
 
 def _observe(engine: Engine, layout: FeatureLayout, prompts: Sequence[Tensor]) -> Observed:

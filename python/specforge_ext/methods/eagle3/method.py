@@ -113,6 +113,12 @@ class Eagle3Method:
         ids = aux_layer_ids(self.config, target)
         return export.to_checkpoint(_as_eagle3(draft), target, aux_layer_ids=ids, dtype=dtype)
 
+    def engine_configs(
+        self, config: Mapping[str, object], target: TargetSpec
+    ) -> Mapping[str, Mapping[str, object]]:
+        """One directory for the layers that SGLang and vLLM take by default, else one each."""
+        return export.engine_configs(config, num_target_layers=target.num_layers)
+
     def schema(
         self, config: Mapping[str, object]
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
