@@ -66,7 +66,7 @@ def make_rows(case: str, *, quick: bool) -> Rows:
     maps = ops.ttt_maps(mask, torch.tensor([0, tokens], dtype=torch.int32), STEPS)
 
     def randn(rows: int, scale: float) -> Tensor:
-        return (torch.randn(rows, WIDTH, generator=generator) * scale).to(dtype)
+        return torch.randn(rows, WIDTH, generator=generator).mul_(scale).to(dtype)
 
     num_rows, num_teachers = maps.pair_step.numel(), maps.teacher_rows.numel()
     head, target_head = randn(draft_vocab, WIDTH**-0.5), randn(VOCAB, 3 * WIDTH**-0.5)
