@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,8 +78,12 @@ class Job:
             time.sleep(0.01)
 
     def until_step(self, step: int) -> None:
-        """`step` steps are done, or a few more."""
-        self.until(lambda: max(self.steps(), default=0) >= step, f"step {step}")
+        """This job has done step `step` (counted from 1), and perhaps a few more."""
+        self.until(lambda: self._step_shown() >= step, f"step {step}")
+
+    def _step_shown(self) -> int:
+        """Not from metrics.jsonl, which may hold steps of a run that was cut off."""
+        return max(map(int, re.findall(r"^step (\d+)/", self.output(), re.MULTILINE)), default=0)
 
     def steps(self) -> list[int]:
         return [line["step"] for line in self.metrics()]
@@ -159,7 +164,5 @@ def finished(folder: Path, *more: str, ranks: int = 1) -> Job:
 
 
 def _environment(path: Path) -> dict[str, str]:
-    pairs = (entry.partition(b"=") for entry in path.read_bytes().split(b"\0"))
-    return {
-        name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs
-    }
+    entries = path.read_bytes().decode(errors="replace").split("\0")
+    return {name: value for name, _, value in (entry.partition("=") for entry in entries)}
