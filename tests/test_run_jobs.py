@@ -216,7 +216,9 @@ def test_two_ranks_equal_one(calm: Job, pair: tuple[Attempt, Job]) -> None:
     mine = load_file(two.output_dir / "export" / "model.safetensors")
     wanted = load_file(calm.output_dir / "export" / "model.safetensors")
     assert mine.keys() == wanted.keys()
-    worst = {name: float((mine[name] - wanted[name]).abs().max()) for name in mine}
+    worst = {
+        name: float((mine[name].double() - wanted[name].double()).abs().max()) for name in mine
+    }
     assert max(worst.values()) <= 1e-6, worst
 
 

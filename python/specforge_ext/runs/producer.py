@@ -179,7 +179,7 @@ class Producer:
     def _answer(self, request: Request) -> None:
         try:
             message = self._store_features(request)
-        except StoreError as error:
+        except (StoreError, ValueError) as error:  # a full store, a prompt that the target refuses
             message = {"op": "error", "text": f"step {request.step}: {error}"}
         self._tell(request.client, message)
 
@@ -194,8 +194,9 @@ class Producer:
         return {"op": "refs", "step": request.step, "refs": refs, "skipped": skipped}
 
     def _put(self, sample: Sample) -> SampleRef:
+        on_host = Sample(sample.prompt, {k: v.cpu() for k, v in sample.features.items()})
         return self._writer.put(
-            sample, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
+            on_host, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
         )
 
     def _samples(self, request: Request) -> Iterator[Sample]:
