@@ -10,17 +10,19 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from run_job import Job, finished, started
+from run_job import TINY, Job, finished, started
 from specforge_ext import _C
 from specforge_ext.export import read_strict
 from specforge_ext.methods import METHODS
+from specforge_ext.runs.local import main
 
 SEED = int(os.environ.get("SPECFORGE_EXT_TEST_SEED", random.randrange(1 << 32)))
 NO_EVALUATION = "evaluate.num_prompts=0"
@@ -33,14 +35,30 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return finished(tmp_path_factory.mktemp("calm"))
 
 
-def beside(calm: Job, tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """A folder for a run on the same data, which needs not be written again."""
-    folder = tmp_path_factory.mktemp(name)
-    shutil.copytree(calm.output_dir / "data", folder / "out" / "data")
-    return folder
+@dataclass(frozen=True)
+class Chains:
+    """Two runs in several attempts each, side by side: much of an attempt is a single thread."""
+
+    disturbed: Future[Disturbed]
+    pair: Future[Pair]
 
 
-@dataclass
+@pytest.fixture(scope="module")
+def chains(calm: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chains]:
+    def beside(name: str) -> Path:
+        """A folder for a run on the same data, which need not be written again."""
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(calm.output_dir / "data", folder / "out" / "data")
+        return folder
+
+    with ThreadPoolExecutor(2) as pool:
+        yield Chains(
+            pool.submit(disturb_one_rank, beside("disturbed")),
+            pool.submit(disturb_two_ranks, beside("pair")),
+        )
+
+
+@dataclass(frozen=True)
 class Attempt:
     """What was seen of a job that was disturbed. seconds: from that to its end."""
 
@@ -50,7 +68,9 @@ class Attempt:
     left: list[str]
 
 
-def disturb(folder: Path, pick: Any, number: int, *, step: int, ranks: int = 1) -> Attempt:
+def disturb(
+    folder: Path, pick: Callable[[Job], int], number: int, *, step: int, ranks: int = 1
+) -> Attempt:
     """Start the job, and signal one of its processes when it has done `step` steps."""
     with started(folder, NO_EVALUATION, ranks=ranks) as job:
         job.until_step(step)
@@ -61,21 +81,22 @@ def disturb(folder: Path, pick: Any, number: int, *, step: int, ranks: int = 1) 
         return Attempt(job, code, seconds, job.left_behind(within_s=10.0))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Disturbed:
-    """Attempts at one run, each going on where the last one was cut off; the last one ends it."""
+    """Attempts at one run, each going on where the last one was cut off; the last one ends it.
+
+    resumed_at: step of the checkpoint that the second, third and last attempt found.
+    """
 
     killed: Attempt
     orphaned: Attempt
     stopped: Attempt
     end: Job
-    resumed_at: dict[str, int]
+    resumed_at: tuple[int, int, int]
 
 
-@pytest.fixture(scope="module")
-def disturbed(calm: Job, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+def disturb_one_rank(folder: Path) -> Disturbed:
     rng = random.Random(SEED)
-    folder = beside(calm, tmp_path_factory, "disturbed")
     killed = disturb(folder, Job.rank, signal.SIGKILL, step=rng.randint(1, 5))
     first = newest(killed.job)
     orphaned = disturb(folder, Job.producer, signal.SIGKILL, step=first + rng.randint(1, 4))
@@ -83,11 +104,35 @@ def disturbed(calm: Job, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
     stopped = disturb(folder, Job.rank, signal.SIGTERM, step=second + rng.randint(1, 4))
     third = newest(stopped.job)
     end = finished(folder, NO_EVALUATION)
-    return Disturbed(killed, orphaned, stopped, end, {"kill": first, "lost": second, "stop": third})
+    return Disturbed(killed, orphaned, stopped, end, (first, second, third))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ranks: first one of them is killed, then the same command finishes."""
+
+    killed: Attempt
+    end: Job
+
+
+def disturb_two_ranks(folder: Path) -> Pair:
+    step = random.Random(SEED).randint(4, 9)
+    killed = disturb(folder, lambda job: job.rank(1), signal.SIGKILL, step=step, ranks=2)
+    return Pair(killed, finished(folder, NO_EVALUATION, ranks=2))
 
 
 def newest(job: Job) -> int:
     return max(job.checkpoints(), default=0)
+
+
+@pytest.fixture(scope="module")
+def disturbed(chains: Chains) -> Disturbed:
+    return chains.disturbed.result()
+
+
+@pytest.fixture(scope="module")
+def pair(chains: Chains) -> Pair:
+    return chains.pair.result()
 
 
 def test_summary_has_what_is_promised(calm: Job) -> None:
@@ -165,7 +210,7 @@ def test_kill_of_the_producer(disturbed: Disturbed) -> None:
 
 def test_sigterm_saves(disturbed: Disturbed) -> None:
     attempt = disturbed.stopped
-    step = disturbed.resumed_at["stop"]
+    step = disturbed.resumed_at[-1]
     assert attempt.code == 0, (SEED, attempt.job.output())
     assert f"stopped by a signal at step {step}, saved; the same command goes on" in (
         attempt.job.output()
@@ -178,11 +223,11 @@ def test_same_command_goes_on_to_the_same_bits(calm: Job, disturbed: Disturbed) 
     """After a kill of the trainer, one of the producer, and a SIGTERM."""
     for attempt, start in zip(
         (disturbed.orphaned.job, disturbed.stopped.job, disturbed.end),
-        disturbed.resumed_at.values(),
+        disturbed.resumed_at,
         strict=True,
     ):
         assert start == 0 or f"going on from {attempt.output_dir}/checkpoints/" in attempt.output()
-    assert disturbed.resumed_at["stop"] < calm.summary()["steps"], SEED
+    assert disturbed.resumed_at[-1] < calm.summary()["steps"], SEED
     mine, wanted = disturbed.end.summary(), calm.summary()
     for key in ("steps", "samples_trained", "tokens_trained", "parameters_sha256"):
         assert mine[key] == wanted[key], (key, SEED, disturbed.resumed_at)
@@ -191,24 +236,15 @@ def test_same_command_goes_on_to_the_same_bits(calm: Job, disturbed: Disturbed) 
     ], (SEED, disturbed.resumed_at)
 
 
-@pytest.fixture(scope="module")
-def pair(calm: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Attempt, Job]:
-    """Two ranks: first one of them is killed, then the same command finishes."""
-    folder = beside(calm, tmp_path_factory, "pair")
-    step = random.Random(SEED).randint(4, 9)
-    attempt = disturb(folder, lambda job: job.rank(1), signal.SIGKILL, step=step, ranks=2)
-    return attempt, finished(folder, NO_EVALUATION, ranks=2)
-
-
-def test_a_dead_rank_ends_the_others(pair: tuple[Attempt, Job]) -> None:
-    attempt, _ = pair
+def test_a_dead_rank_ends_the_others(pair: Pair) -> None:
+    attempt = pair.killed
     assert attempt.code != 0, SEED
     assert attempt.seconds < 60.0, SEED
     assert attempt.left == [], SEED
 
 
-def test_two_ranks_equal_one(calm: Job, pair: tuple[Attempt, Job]) -> None:
-    two = pair[1]
+def test_two_ranks_equal_one(calm: Job, pair: Pair) -> None:
+    two = pair.end
     assert f"going on from {two.output_dir}/checkpoints/" in two.output(), SEED
     for key in ("steps", "samples_trained", "tokens_trained", "samples_skipped"):
         assert two.summary()[key] == calm.summary()[key]
@@ -222,7 +258,10 @@ def test_two_ranks_equal_one(calm: Job, pair: tuple[Attempt, Job]) -> None:
     assert max(worst.values()) <= 1e-6, worst
 
 
-def test_resume_with_another_method_is_refused(calm: Job) -> None:
-    with started(calm.output_dir.parent, "method.ttt_length=3") as job:
-        assert job.wait() != 0
-        assert "is of another run: wanted ttt_length = 3, got 4" in job.output()
+def test_resume_with_another_method_is_refused(
+    calm: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which is one rank then."""
+    with pytest.raises(ValueError, match=r"of another run: wanted ttt_length = 3, got 4"):
+        main([*TINY, f"output_dir={calm.output_dir}", "method.ttt_length=3"])
+    assert "48 samples" in capfd.readouterr().out

@@ -23,10 +23,10 @@ class OrderConfig(Config):
     shuffle: False keeps the order of the data set.
     """
 
-    batch_tokens: int = Field(4096, ge=1)
-    micro_batch_tokens: int | None = Field(None, ge=1)
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     shuffle: bool = True
 
 

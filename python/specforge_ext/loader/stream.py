@@ -35,11 +35,11 @@ class StreamConfig(Config):
     max_skipped: samples that a rank may miss, from its start on, before it stops.
     """
 
-    in_flight_steps: int = Field(2, ge=0)
-    prefetch_steps: int = Field(2, ge=1)
-    timeout_s: float = Field(120.0, gt=0)
+    in_flight_steps: int = Field(default=2, ge=0)
+    prefetch_steps: int = Field(default=2, ge=1)
+    timeout_s: float = Field(default=120.0, gt=0)
     verify: bool = True
-    max_skipped: int = Field(0, ge=0)
+    max_skipped: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)

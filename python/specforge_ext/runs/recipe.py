@@ -28,9 +28,9 @@ class EvaluateConfig(Config):
     baselines: evaluate the untrained draft and a bigram draft too.
     """
 
-    num_prompts: int = Field(64, ge=0)
+    num_prompts: int = Field(default=64, ge=0)
     max_new_tokens: int = 64
-    depth: int = Field(4, ge=1)
+    depth: int = Field(default=4, ge=1)
     temperatures: tuple[NonNegativeFloat, ...] = (0.0, 0.8)
     baselines: bool = True
     seed: int = 0
@@ -61,9 +61,9 @@ class RunConfig(Config):
     """
 
     seed: int = 0
-    num_threads: int | None = Field(None, ge=1)
-    start_timeout_s: float = Field(300.0, gt=0)
-    prepare_timeout_s: float = Field(600.0, gt=0)
+    num_threads: int | None = Field(default=None, ge=1)
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    prepare_timeout_s: float = Field(default=600.0, gt=0)
 
 
 SECTIONS = (
