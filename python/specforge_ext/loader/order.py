@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field
 
 from specforge_ext.config import Config
 
@@ -22,10 +23,10 @@ class OrderConfig(Config):
     shuffle: False keeps the order of the data set.
     """
 
-    batch_tokens: int = 4096
-    micro_batch_tokens: int | None = None
-    epochs: int = 1
-    max_steps: int | None = None
+    batch_tokens: int = Field(default=4096, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     shuffle: bool = True
 
 
@@ -56,18 +57,14 @@ def global_steps(lengths: Sequence[int], config: OrderConfig, *, seed: int) -> l
 
 
 def _check(lengths: Sequence[int], config: OrderConfig) -> None:
-    for key in ("batch_tokens", "micro_batch_tokens", "epochs", "max_steps"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ValueError(f"loader.{key}: wanted at least 1, got {value}")
     if not lengths:
         raise ValueError("the data set is empty: no sample has a scored token")
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     budget = min(config.batch_tokens, config.micro_batch_tokens or config.batch_tokens)
     if lengths[longest] > budget:
         raise ValueError(
-            f"loader.batch_tokens / micro_batch_tokens: sample {longest} has {lengths[longest]} "
-            f"tokens, the budget is {budget}; raise it or shorten the data (data.max_length)"
+            f"order.batch_tokens / micro_batch_tokens: sample {longest} has {lengths[longest]} "
+            f"tokens, the budget is {budget}; raise it or shorten the data (data.train)"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import Field
 
 from specforge_ext import ops
 from specforge_ext.config import Config
@@ -18,6 +20,11 @@ from specforge_ext.loader.source import Delivery, FeatureLink, Skipped
 from specforge_ext.records import FeatureLayout, PackedBatch, Prompt, Sample, SampleRef
 from specforge_ext.store.base import StoreReader, TransferTimeout
 
+log = logging.getLogger(__name__)
+
+END_S = 5.0
+"""For the thread to finish the batch that it packs; waits for the producer end with the link."""
+
 
 class StreamConfig(Config):
     """in_flight_steps: steps asked of the producer ahead of the one being received.
@@ -25,14 +32,14 @@ class StreamConfig(Config):
     prefetch_steps: packed steps that wait in the trainer's memory.
     timeout_s: deadline of a wait for one step's features.
     verify: check every checksum when a sample is opened.
-    max_skipped: samples that may be missing in a run before it stops.
+    max_skipped: samples that a rank may miss, from its start on, before it stops.
     """
 
-    in_flight_steps: int = 2
-    prefetch_steps: int = 2
-    timeout_s: float = 120.0
+    in_flight_steps: int = Field(default=2, ge=0)
+    prefetch_steps: int = Field(default=2, ge=1)
+    timeout_s: float = Field(default=120.0, gt=0)
     verify: bool = True
-    max_skipped: int = 0
+    max_skipped: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,10 @@ class TooManySkipped(RuntimeError):
 
 
 class Stream:
-    """Implements the trainer's StepSource. One background thread; closed by leaving `iterate`."""
+    """Implements the trainer's StepSource. One background thread.
+
+    Leaving `iterate` ends the thread and closes the link, whose answers may be on their way.
+    """
 
     def __init__(
         self,
@@ -104,14 +114,17 @@ class Stream:
                 if skipped > self._config.max_skipped:
                     last = data.skipped[-1]
                     raise TooManySkipped(
-                        f"{skipped} samples could not be produced, loader.max_skipped is "
+                        f"{skipped} samples could not be produced, stream.max_skipped is "
                         f"{self._config.max_skipped}; the last: {last.sample_id}: {last.reason}"
                     )
                 yield data
                 start_step = data.step + 1
         finally:
             stop.set()
-            thread.join(timeout=5.0)
+            self._link.close()
+            thread.join(timeout=END_S)
+            if thread.is_alive():
+                log.warning("waited %.0f s for the end of the thread that fetches data", END_S)
 
     def _next(
         self, ready: queue.Queue[StepData | BaseException | None], step: int
@@ -168,8 +181,15 @@ class Stream:
     def _pack(self, step: GlobalStep, delivery: Delivery) -> StepData:
         refs = {ref.sample_id: ref for ref in delivery.refs}
         missing = {skipped.sample_id for skipped in delivery.skipped}
+        plan = self._plan(step)
+        asked = [self._prompts[i].sample_id for part in plan for i in part]
+        if sorted(asked) != sorted([*refs, *missing]):
+            raise RuntimeError(
+                f"step {step.step}: wanted samples {sorted(asked)} or why not, "
+                f"got {sorted(refs)} and not {sorted(missing)}"
+            )
         batches: list[PackedBatch] = []
-        for part in self._plan(step):
+        for part in plan:
             wanted = [self._prompts[i] for i in part if self._prompts[i].sample_id not in missing]
             if wanted:
                 batches.append(self._collate([refs[p.sample_id] for p in wanted], wanted))

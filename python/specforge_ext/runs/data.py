@@ -25,6 +25,7 @@ from specforge_ext.prompts.cache import cached, load
 from specforge_ext.prompts.tokenizer import open_tokenizer, tokenizer_hash
 
 Progress = Callable[[int, int, str], None]
+SPLITS = ("train", "heldout")
 
 
 class GenerateConfig(Config):
@@ -88,7 +89,7 @@ def prepare(
     """
     tokenizer = open_tokenizer(config.tokenizer or engine.spec.name)
     files: dict[str, str] = {}
-    for split in ("train", "heldout"):
+    for split in SPLITS:
         source = prompt_source(getattr(config, split), where=f"data.{split}")
         key = fingerprint(config, source, engine, tokenizer_hash(tokenizer), seed)
         generate = _writer(config.generate, engine, seed, progress, split)

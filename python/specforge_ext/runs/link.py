@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from specforge_ext.store.base import ProducerLost, TransferTimeout
 from specforge_ext.store.ref import ref_from_json
 
 LOG_TAIL_BYTES = 2000
+OBITUARY_S = 5.0
+"""A process that closed its sockets may take a moment to end."""
 
 
 class ProducerProcess:
@@ -48,7 +51,7 @@ class ProducerProcess:
         return self._process.pid
 
     def connect(self, *, timeout_s: float) -> ProducerLink:
-        """Wait for the process to listen. ProducerLost with the end of its log if it died."""
+        """Wait for the process to listen. ProducerLost if it ended before."""
         waited = 0.0
         while True:
             try:
@@ -56,14 +59,18 @@ class ProducerProcess:
             except TransferTimeout:
                 waited += 1.0
                 if self._process.poll() is not None:
-                    raise ProducerLost(self.obituary()) from None
+                    raise ProducerLost("the producer ended before it listened") from None
                 if waited >= timeout_s:
                     raise TransferTimeout("the producer process to listen", timeout_s) from None
 
     def obituary(self) -> str:
         """How the process ended, and the end of its log."""
+        try:
+            end = f"ended with code {self._process.wait(timeout=OBITUARY_S)}"
+        except subprocess.TimeoutExpired:
+            end = "is still running"
         tail = self.log_path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-        return f"producer process ended with code {self._process.poll()}; its log ends:\n{tail}"
+        return f"producer process {end}; {self.log_path} ends:\n{tail}"
 
     def close(self) -> None:
         """Ask it to end by closing its input; kill it after 5 s."""
@@ -84,6 +91,7 @@ class ProducerLink:
     def __init__(self, socket_path: str, *, timeout_s: float) -> None:
         self._connection: Connection = connect(socket_path, timeout_s=timeout_s)
         self._hello: Message | None = None
+        self._open_steps: deque[int] = deque()
 
     def hello(self, *, layout_hash: str, timeout_s: float) -> str:
         """The store's address. ValueError if the producer was set up for another layout."""
@@ -111,10 +119,14 @@ class ProducerLink:
             progress(int(message["done"]), int(message["total"]), str(message["what"]))
 
     def request(self, step: int, sample_ids: Sequence[str]) -> None:
+        self._open_steps.append(step)
         self._connection.send({"op": "step", "step": step, "sample_ids": list(sample_ids)})
 
     def receive(self, *, timeout_s: float) -> Delivery:
-        message = self._expect("refs", timeout_s=timeout_s, what="the features of a step")
+        message = self._expect(
+            "refs", timeout_s=timeout_s, what=f"the features of step {self._open_steps[0]}"
+        )
+        self._open_steps.popleft()
         return Delivery(
             step=int(message["step"]),
             refs=tuple(ref_from_json(text) for text in message["refs"]),

@@ -6,6 +6,7 @@ Rank 0 starts the producer (see `runs.producer`); every rank trains; rank 0 expo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -31,7 +32,7 @@ from specforge_ext.runs.recipe import Recipe, load
 from specforge_ext.runs.say import Say
 from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost
-from specforge_ext.trainer import Trainer, TrainResult, World, open_world
+from specforge_ext.trainer import StepSource, Trainer, TrainResult, World, open_world
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ def main(arguments: list[str]) -> int:
 
     0 when the run finished, or was stopped by SIGTERM after saving; 2 on a bad recipe.
     """
+    logging.basicConfig(format="%(name)s: %(message)s")
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.getLogger("specforge_ext").setLevel(level)
     named = bool(arguments) and "=" not in arguments[0]
     try:
         recipe = load(arguments[0] if named else None, arguments[named:])
@@ -134,7 +138,7 @@ def _train(
         rank=world.rank,
         world_size=world.size,
     )
-    source = SkipLog(stream, recipe.output_dir / "skipped.jsonl", rank=world.rank)
+    source = SkipLog(stream, recipe.output_dir / "skipped.jsonl", world)
     trainer = Trainer(
         recipe.trainer,
         method,
@@ -145,14 +149,14 @@ def _train(
         identity=_identity(recipe, dataset, steps),
     )
     result = trainer.fit()
-    skipped = int(world.sum(torch.tensor([float(source.count)]), "skipped samples")[0])
+    world.barrier("the end of training")
     return Trained(
         result=result,
         parameters=trainer.full_state_dict(),
         weights=weights,
         vocab=vocab,
         dataset=dataset,
-        skipped=skipped,
+        skipped=source.count(),
         rank=world.rank,
     )
 
@@ -198,36 +202,50 @@ def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict
 
 
 class SkipLog:
-    """A StepSource that writes what its stream skips to skipped.jsonl, one line a sample."""
+    """A StepSource that writes what its stream skips to skipped.jsonl, one line a sample.
 
-    def __init__(self, stream: Stream, path: Path, *, rank: int) -> None:
+    The ranks share the file.
+    """
+
+    def __init__(self, stream: StepSource, path: Path, world: World) -> None:
         self._stream = stream
         self._path = path
-        self._rank = rank
-        self.count = 0
+        self._world = world
         self.total_steps = stream.total_steps
 
     def iterate(self, start_step: int) -> Iterator[StepData]:
-        if self._rank == 0:
+        if self._world.rank == 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._keep_before(start_step)
+        # Else rank 0 could take another rank's first lines for those of an interrupted run.
+        self._world.barrier("rank 0 to clear skipped.jsonl")
         for data in self._stream.iterate(start_step):
             for skipped in data.skipped:
                 self._write(data, skipped)
             yield data
 
+    def count(self) -> int:
+        """Samples skipped on all ranks since the run began, once every rank is done."""
+        return len(self._lines())
+
     def _keep_before(self, step: int) -> None:
         """Forget lines of steps that will be done again."""
-        old = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] < step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.count = len(kept)
+        kept = [line for line in self._lines() if json.loads(line)["step"] < step]
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(self._path)
+
+    def _lines(self) -> list[str]:
+        """Whole lines: the last one may have been cut by a kill."""
+        if not self._path.exists():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        return text[: text.rfind("\n") + 1].splitlines()
 
     def _write(self, data: StepData, skipped: Skipped) -> None:
         line = {"step": data.step, "sample_id": skipped.sample_id, "reason": skipped.reason}
-        self.count += 1
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "rank": self._rank}) + "\n")
+            file.write(json.dumps({**line, "rank": self._world.rank}) + "\n")
 
 
 def _count(draft: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """The producer process: owns the engine and the store, prepares the data, answers for features.
 
-`python -m specforge_ext.runs.producer` reads a JSON line from standard input (recipe, socket path,
-threads) and serves until its parent closes that pipe or asks it to stop.
+`python -m specforge_ext.runs.producer` reads a JSON line from standard input (recipe, threads, path
+of a socket in a directory of its own) and serves until its parent closes that pipe, or dies.
 
 What a rank gets for a step is computed from that rank's share of the step alone, so that the bits
 do not depend on what else was asked, or on how often the run was interrupted.
@@ -9,17 +9,23 @@ do not depend on what else was asked, or on how often the run was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import json
 import logging
 import os
 import selectors
+import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,6 +40,10 @@ from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost, StoreError, StoreWriter
 
 log = logging.getLogger("specforge_ext.producer")
+
+GRACE_S = 2.0
+"""From the end of the parent to the end of work that is under way; `ProducerProcess.close` waits
+longer."""
 
 
 @dataclass(order=True)
@@ -56,6 +66,7 @@ class Producer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(parent_fd, selectors.EVENT_READ)
+        self._clients: list[Connection] = []
         self._queue: list[Request] = []
         self._order = itertools.count()
         self._prompts: dict[str, Prompt] = {}
@@ -89,19 +100,36 @@ class Producer:
         if client is None:
             log.warning("refused a client of another user")
             return
+        self._clients.append(client)
         self._selector.register(client, selectors.EVENT_READ, data=client)
-        client.send(
-            {"op": "hello", "store": self._writer.address(), "layout_hash": self._layout.hash}
+        self._tell(
+            client,
+            {"op": "hello", "store": self._writer.address(), "layout_hash": self._layout.hash},
         )
 
     def _hear(self, client: Connection) -> None:
+        if client not in self._clients:
+            return  # it left while an earlier event was handled
         try:
-            for message in client.poll():
-                self._handle(client, message)
-        except ProducerLost:
-            self._forget(client)
+            messages = client.poll()
+        except ProducerLost as error:
+            self._forget(client, error)
+            return
+        for message in messages:
+            self._handle(client, message)
 
-    def _forget(self, client: Connection) -> None:
+    def _tell(self, client: Connection, message: Message) -> None:
+        """To a client that may have left: the other ranks find out by themselves."""
+        try:
+            client.send(message)
+        except ProducerLost as error:
+            self._forget(client, error)
+
+    def _forget(self, client: Connection, error: ProducerLost) -> None:
+        if client not in self._clients:
+            return
+        log.info("a client left: %s", error)
+        self._clients.remove(client)
         self._selector.unregister(client)
         client.close()
         self._queue = [r for r in self._queue if r.client is not client]
@@ -133,44 +161,42 @@ class Producer:
                 progress=self._progress,
             )
         except ValueError as error:
-            client.send({"op": "error", "text": str(error)})
+            self._tell(client, {"op": "error", "text": str(error)})
             return
         finally:
             torch.set_num_threads(threads)
         self._prompts = {p.sample_id: p for p in run_data.read_dataset(files).train}
-        client.send({"op": "prepared", "files": files})
+        self._tell(client, {"op": "prepared", "files": files})
 
     def _progress(self, done: int, total: int, what: str) -> None:
         """Every rank waits for the data, so that each has to see that it comes."""
         for key, _ in self._selector.select(0.0):
-            if key.fd == self._parent_fd:
-                sys.exit("the trainer is gone")
             if key.fileobj is self._listener:
                 self._welcome()
-        for key in list(self._selector.get_map().values()):
-            if key.data is not None:
-                key.data.send({"op": "progress", "done": done, "total": total, "what": what})
+        for client in list(self._clients):
+            self._tell(client, {"op": "progress", "done": done, "total": total, "what": what})
 
     def _answer(self, request: Request) -> None:
+        try:
+            message = self._store_features(request)
+        except (StoreError, ValueError) as error:  # a full store, a prompt that the target refuses
+            message = {"op": "error", "text": f"step {request.step}: {error}"}
+        self._tell(request.client, message)
+
+    def _store_features(self, request: Request) -> Message:
         refs: list[str] = []
         skipped: list[dict[str, str]] = []
-        try:
-            for sample in self._samples(request):
-                if (reason := unfit(sample)) is not None:
-                    skipped.append({"sample_id": sample.prompt.sample_id, "reason": reason})
-                else:
-                    refs.append(self._put(sample).to_json())
-            request.client.send(
-                {"op": "refs", "step": request.step, "refs": refs, "skipped": skipped}
-            )
-        except ProducerLost:
-            log.info("a trainer left while its step %d was computed", request.step)
-        except StoreError as error:
-            request.client.send({"op": "error", "text": f"step {request.step}: {error}"})
+        for sample in self._samples(request):
+            if (reason := unfit(sample)) is not None:
+                skipped.append({"sample_id": sample.prompt.sample_id, "reason": reason})
+            else:
+                refs.append(self._put(sample).to_json())
+        return {"op": "refs", "step": request.step, "refs": refs, "skipped": skipped}
 
     def _put(self, sample: Sample) -> SampleRef:
+        on_host = Sample(sample.prompt, {k: v.cpu() for k, v in sample.features.items()})
         return self._writer.put(
-            sample, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
+            on_host, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
         )
 
     def _samples(self, request: Request) -> Iterator[Sample]:
@@ -191,17 +217,42 @@ def unfit(sample: Sample) -> str | None:
     return None
 
 
+def end_with_parent(parent_fd: int, clean_up: Callable[[], None]) -> None:
+    """For a thread: ends this process GRACE_S after the parent, whatever it is doing then."""
+    os.read(parent_fd, 1)  # nothing is written: it returns when the other end is closed
+    time.sleep(GRACE_S)
+    log.warning("the trainer is gone; ended in the middle of work")
+    clean_up()
+    os._exit(1)
+
+
+def remove_socket(path: Path) -> None:
+    """With its directory, which is this process's own. What the parent has removed is gone."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+
+
+def outlive(number: int, _frame: FrameType | None) -> None:
+    """A job's signals reach every process; the trainer saves on them, for which it needs data."""
+    log.info("signal %d: this process ends when the trainer does", number)
+
+
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, outlive)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     start: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     torch.set_num_threads(int(start["num_threads"]))
     recipe = build(start["recipe"])
-    listener = listen(start["socket"])
+    parent_fd = sys.stdin.fileno()
+    clean_up = partial(remove_socket, Path(start["socket"]))
+    threading.Thread(target=end_with_parent, args=(parent_fd, clean_up), daemon=True).start()
     try:
-        Producer(recipe, listener, sys.stdin.fileno()).serve()
+        with listen(start["socket"]) as listener:
+            Producer(recipe, listener, parent_fd).serve()
     finally:
-        listener.close()
-        Path(start["socket"]).unlink(missing_ok=True)
+        clean_up()
     # Engines may leave threads of their own; the work is done.
     sys.stdout.flush()
     os._exit(0)

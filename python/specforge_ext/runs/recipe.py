@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from specforge_ext.config import Config, ConfigT, override, parse, read_yaml
 from specforge_ext.engines import ENGINES
 from specforge_ext.loader import OrderConfig, StreamConfig
 from specforge_ext.methods import METHODS
 from specforge_ext.registry import Registry, unknown_name
-from specforge_ext.runs.data import DataConfig
+from specforge_ext.runs.data import SPLITS, DataConfig, prompt_source
 from specforge_ext.store import STORES
 from specforge_ext.trainer import TrainerConfig
 
@@ -26,18 +28,28 @@ class EvaluateConfig(Config):
     baselines: evaluate the untrained draft and a bigram draft too.
     """
 
-    num_prompts: int = 64
+    num_prompts: int = Field(default=64, ge=0)
     max_new_tokens: int = 64
-    depth: int = 4
-    temperatures: tuple[float, ...] = (0.0, 0.8)
+    depth: int = Field(default=4, ge=1)
+    temperatures: tuple[NonNegativeFloat, ...] = (0.0, 0.8)
     baselines: bool = True
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _has_full_rounds(self) -> Self:
+        """Prefill says one token and a full round depth + 1; only full rounds count."""
+        if self.max_new_tokens < self.depth + 2:
+            raise ValueError(
+                f"max_new_tokens: wanted at least depth + 2 = {self.depth + 2}, "
+                f"got {self.max_new_tokens}"
+            )
+        return self
+
 
 class ExportConfig(Config):
-    """dtype: of the exported tensors, "float32" or "bfloat16"."""
+    """dtype: of the exported tensors."""
 
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 class RunConfig(Config):
@@ -49,9 +61,9 @@ class RunConfig(Config):
     """
 
     seed: int = 0
-    num_threads: int | None = None
-    start_timeout_s: float = 300.0
-    prepare_timeout_s: float = 600.0
+    num_threads: int | None = Field(default=None, ge=1)
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    prepare_timeout_s: float = Field(default=600.0, gt=0)
 
 
 SECTIONS = (
@@ -108,12 +120,15 @@ def build(data: dict[str, Any]) -> Recipe:
             raise ValueError(unknown_name("key", key, list(SECTIONS)))
     if not isinstance(data.get("name"), str):
         raise ValueError(f"name: wanted the name of the recipe, got {data.get('name')!r}")
+    texts = _section(DataConfig, data, "data")
+    for split in SPLITS:
+        prompt_source(getattr(texts, split), where=f"data.{split}")
     return Recipe(
         name=data["name"],
         output_dir=Path(data.get("output_dir") or f"runs/{data['name']}"),
         run=_section(RunConfig, data, "run"),
         engine=_kind(ENGINES, data, "engine"),
-        data=_section(DataConfig, data, "data"),
+        data=texts,
         method=_kind(METHODS, data, "method"),
         store=_kind(STORES, data, "store", default="shm"),
         order=_section(OrderConfig, data, "order"),

@@ -5,6 +5,7 @@ Only control travels here (requests, refs, progress); tensors lie in the store.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -58,11 +59,14 @@ class Connection:
         return messages
 
     def close(self) -> None:
+        """Any thread may; a `receive` that waits in another one ends with ProducerLost."""
+        with contextlib.suppress(OSError):  # not connected any more, or closed before
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
     def _fill(self, timeout_s: float) -> None:
-        self._sock.settimeout(timeout_s)
         try:
+            self._sock.settimeout(timeout_s)
             data = self._sock.recv(1 << 16)
         except (TimeoutError, BlockingIOError):
             return
