@@ -6,7 +6,7 @@ own sources (see ``specforge_ext.prompts.python_stdlib``), plain and as chats wh
 a function's signature and whose assistant turn is the function. No file of the ``heldout``
 split is read for anything but the held-out loss.
 
-    OMP_NUM_THREADS=1 python tools/train_demo_target.py --work build/demo_target
+    OMP_NUM_THREADS=1 python tools/train_demo_target.py --work build/demo_target --bf16 --compile
 
 Every draw is a function of ``--seed`` and the step number, so a run that was cut off and
 resumed from its checkpoint sees the batches that an uninterrupted run sees.
@@ -382,7 +382,7 @@ class Run:
                 group["lr"] = optimizer.defaults["lr"] * scale
             optimizer.step()
             optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     def _log(self, heldout: Corpus | None) -> None:
         record: dict[str, Any] = {
