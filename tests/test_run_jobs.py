@@ -170,7 +170,7 @@ def test_output_directory(calm: Job) -> None:
     assert len(kept) <= 3  # the best one may be older
     assert not list((calm.output_dir / "checkpoints").glob(".partial*"))
     method = METHODS.get("eagle3")(METHODS.get("eagle3").Config(draft_vocab_size=1536))
-    checkpoint = read_strict(calm.output_dir / "export", method)
+    checkpoint = read_strict(Path(calm.summary()["export"]), method)
     assert checkpoint.config["draft_vocab_size"] == 1536
 
 
@@ -249,8 +249,9 @@ def test_two_ranks_equal_one(calm: Job, pair: Pair) -> None:
     for key in ("steps", "samples_trained", "tokens_trained", "samples_skipped"):
         assert two.summary()[key] == calm.summary()[key]
     assert two.steps() == calm.steps()
-    mine = load_file(two.output_dir / "export" / "model.safetensors")
-    wanted = load_file(calm.output_dir / "export" / "model.safetensors")
+    mine, wanted = (
+        load_file(Path(job.summary()["export"]) / "model.safetensors") for job in (two, calm)
+    )
     assert mine.keys() == wanted.keys()
     worst = {
         name: float((mine[name].double() - wanted[name].double()).abs().max()) for name in mine

@@ -59,10 +59,7 @@ def _owner(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A recipe file as plain data. ValueError if it is not a mapping."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    data = _yaml(path.read_text(encoding="utf-8"), where=str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path}: wanted a mapping at the top, got {type(data).__name__}")
     return data
@@ -82,8 +79,16 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             if not isinstance(child, dict):
                 raise ValueError(f"override {assignment!r}: {name!r} is a value, not a section")
             node = child
-        node[last] = yaml.safe_load(value)
+        node[last] = _yaml(value, where=f"override {assignment!r}")
     return out
+
+
+def _yaml(text: str, *, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: not valid YAML: {reason}") from None
 
 
 def _copy(data: dict[str, Any]) -> dict[str, Any]:

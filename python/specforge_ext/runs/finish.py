@@ -89,7 +89,7 @@ def finish(
         draft,
         directory,
         weights,
-        _observe(engine, layout, probe),
+        _observe(engine, layout, probe, device=weights.embed_tokens.device),
         depth=recipe.evaluate.depth,
         dtype=dtype,
     )
@@ -107,8 +107,9 @@ def finish(
             [p.input_ids for p in dataset.train],
             engine.spec.vocab_size,
             text_temperature=recipe.text_temperature,
+            device=weights.embed_tokens.device,
         )
-    measured = _Measurement(recipe, engine, layout, prompts)
+    measured = _Measurement(recipe, engine, layout, prompts, weights.embed_tokens.device)
     return measured.report(drafters, say, directory, check.ok, fingerprint)
 
 
@@ -123,18 +124,20 @@ def _write_export(
     return directory / next(iter(configs))
 
 
-def _observe(engine: Engine, layout: FeatureLayout, prompts: Sequence[Tensor]) -> Observed:
+def _observe(
+    engine: Engine, layout: FeatureLayout, prompts: Sequence[Tensor], *, device: torch.device
+) -> Observed:
     """Rows of real text, with the target's features, for comparing two drafts."""
     length = min(len(p) for p in prompts)
-    ids = torch.stack([p[:length].long() for p in prompts])
-    positions = torch.arange(length).expand_as(ids)
+    ids = torch.stack([p[:length].long() for p in prompts]).to(device)
+    positions = torch.arange(length, device=device).expand_as(ids)
     valid = torch.ones_like(ids, dtype=torch.bool)
     decoder = engine.decoder()
     decoder.start(len(prompts), layout)
     out = decoder.forward(ids, positions, valid)
     return Observed(
         next_tokens=ids[:, 1:],
-        features={name: tensor[:, :-1] for name, tensor in out.features.items()},
+        features={name: tensor[:, :-1].to(device) for name, tensor in out.features.items()},
         positions=positions[:, :-1],
         valid=valid[:, 1:],
     )
@@ -144,12 +147,18 @@ class _Measurement:
     """Every draft at every temperature, on the same prompts, and plain decoding beside them."""
 
     def __init__(
-        self, recipe: Recipe, engine: Engine, layout: FeatureLayout, prompts: Sequence[Tensor]
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        layout: FeatureLayout,
+        prompts: Sequence[Tensor],
+        device: torch.device,
     ) -> None:
         self._config = recipe.evaluate
         self._engine = engine
         self._layout = layout
         self._prompts = prompts
+        self._device = device
 
     def report(
         self,
@@ -196,6 +205,7 @@ class _Measurement:
             temperature=temperature,
             seed=self._config.seed,
             eos_ids=self._engine.spec.eos_token_ids,
+            device=self._device,
         )
 
     def _speculative(self, drafter: Drafter, temperature: float) -> EvalResult:
@@ -209,6 +219,7 @@ class _Measurement:
             temperature=temperature,
             seed=self._config.seed,
             eos_ids=self._engine.spec.eos_token_ids,
+            device=self._device,
         )
 
     def _speed(
