@@ -17,9 +17,9 @@ MAX_WALL_S = 180.0
 def problems(summary: dict[str, Any]) -> list[str]:
     """Every promise of the demo that a summary does not keep."""
     out: list[str] = []
-    rows = {(row["mode"], row["temperature"]): row for row in summary["acceptance"]}
+    rows = {(row["draft"], row["temperature"]): row for row in summary["acceptance"]}
     for temperature, wanted in MIN_LENGTH.items():
-        draft = rows["draft", temperature]
+        draft = rows["trained", temperature]
         bigram = rows["bigram", temperature]
         if draft["length"] < wanted:
             out.append(f"T={temperature}: acceptance length {draft['length']:.3f} < {wanted}")
