@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
 
 from specforge_ext.records import DTYPE_NAMES, TargetSpec
 
@@ -56,14 +58,27 @@ def load_model(
     """Open a directory or a hub name. ValueError says what is missing or unfit."""
     check_path(path)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, local_files_only=local
-        )
+        with _no_progress_bar():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=attention, local_files_only=local
+            )
     except OSError as error:
         raise ValueError(
             f"model: wanted a directory or a hub name of a causal LM, got {path!r}: {error}"
         ) from error
     return wrap_model(model.to(device), name=name)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' bar of loaded weights would break into the run's own display."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def check_path(path: str) -> None:
