@@ -73,12 +73,12 @@ def load_model(
 def _no_progress_bar() -> Iterator[None]:
     """transformers' bar of loaded weights would break into the run's own display."""
     shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            hf_logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def check_path(path: str) -> None:
