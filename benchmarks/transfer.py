@@ -71,7 +71,7 @@ class ShmProducer:
     def __init__(self, sample: Sample, *, checksum: bool) -> None:
         self._sample = sample
         nbytes = sample.features["h"].nbytes
-        config = ShmConfig(capacity_bytes=2 * nbytes, checksum=checksum, verify=checksum)
+        config = ShmConfig(capacity_bytes=2 * nbytes, checksum=checksum)
         self._writer = ShmStore.writer(config)
         self.handle = (self._writer.address(), checksum)
 

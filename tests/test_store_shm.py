@@ -34,12 +34,10 @@ def open_store(capacity_bytes: int = 1 << 20, max_slots: int = 8) -> tuple[ShmWr
 
 def test_registered() -> None:
     assert STORES.get("shm") is ShmStore
-    assert ShmStore.config_type is ShmConfig
+    assert ShmStore.Config is ShmConfig
 
 
 def test_config() -> None:
-    with pytest.raises(ValueError, match="verify: true wants checksum: true, got false"):
-        parse(ShmConfig, {"checksum": False}, where="store")
     with pytest.raises(ValueError, match=r"store.capacity_bytes: .*greater than 0, got 0"):
         parse(ShmConfig, {"capacity_bytes": 0}, where="store")
     assert ShmConfig().capacity_bytes == 256 << 20
@@ -216,9 +214,7 @@ def test_corrupt() -> None:
 
 
 def test_without_checksums() -> None:
-    writer = ShmStore.writer(
-        ShmConfig(capacity_bytes=1 << 16, max_slots=2, checksum=False, verify=False)
-    )
+    writer = ShmStore.writer(ShmConfig(capacity_bytes=1 << 16, max_slots=2, checksum=False))
     reader = ShmStore.reader(writer.address())
     sample = make_sample(1)
     ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from specforge_ext import _C
@@ -34,20 +34,13 @@ from specforge_ext.store.ref import check_ref, plan_tensors
 class ShmConfig(Config):
     """capacity_bytes: payload of the arena, allocated and touched at once when it is opened.
     max_slots: samples that may lie in it at the same time.
-    checksum: compute a crc32c of every tensor while it is copied in.
-    verify: readers compare it before they hand a sample out.
+    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
+        verify (stream.verify: false).
     """
 
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
     checksum: bool = True
-    verify: bool = True
-
-    @model_validator(mode="after")
-    def _can_verify(self) -> Self:
-        if self.verify and not self.checksum:
-            raise ValueError("verify: true wants checksum: true, got false")
-        return self
 
 
 @dataclass(frozen=True)
