@@ -11,10 +11,13 @@ import torch
 
 import toy_engine
 from specforge_ext.config import override
+from specforge_ext.loader import GlobalStep
 from specforge_ext.prompts import sources
 from specforge_ext.prompts.python_stdlib import Split, stdlib_files
 from specforge_ext.prompts.tokenizer import open_tokenizer, tokenizer_hash
+from specforge_ext.records import FeatureLayout, FeatureSpec
 from specforge_ext.runs.data import Dataset, fingerprint, prepare, prompt_source, read_dataset
+from specforge_ext.runs.local import check_room
 from specforge_ext.runs.recipe import Recipe, build, load
 from toy_engine import ToyConfig, ToyEngine
 
@@ -141,3 +144,12 @@ def test_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=rf"{path.name}: wanted a cache of prompts, found a dam"):
         written(recipe, engine, tmp_path)
+
+
+def test_a_store_too_small_for_the_steps_in_flight_is_refused() -> None:
+    layout = FeatureLayout((FeatureSpec("aux", (1,), 8, "float32"),))
+    steps = [GlobalStep(0, 0, (0, 1)), GlobalStep(1, 0, (2,))]
+    needed = 3 * (110 * (8 * 4 + 5) + 2 * 8192)
+    check_room(steps, [100, 10, 50], layout, in_flight=3, capacity_bytes=needed)
+    with pytest.raises(ValueError, match=rf"store\.capacity_bytes: wanted at least {needed} for 3"):
+        check_room(steps, [100, 10, 50], layout, in_flight=3, capacity_bytes=needed - 1)

@@ -93,8 +93,8 @@ class ProducerLink:
         self._hello: Message | None = None
         self._open_steps: deque[int] = deque()
 
-    def hello(self, *, layout_hash: str, timeout_s: float) -> str:
-        """The store's address. ValueError if the producer was set up for another layout."""
+    def hello(self, *, layout_hash: str, timeout_s: float) -> tuple[str, int]:
+        """The store's address and capacity in bytes. ValueError if the producer was set up for another layout."""
         if self._hello is None:
             self._hello = self._expect("hello", timeout_s=timeout_s, what="its first message")
         if self._hello["layout_hash"] != layout_hash:
@@ -102,7 +102,7 @@ class ProducerLink:
                 f"the producer makes features of layout {self._hello['layout_hash']}, "
                 f"this rank trains on {layout_hash}: engine and method disagree"
             )
-        return str(self._hello["store"])
+        return str(self._hello["store"]), int(self._hello["capacity_bytes"])
 
     def prepare(
         self, *, timeout_s: float, progress: Callable[[int, int, str], None]

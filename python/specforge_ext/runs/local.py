@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from specforge_ext import _C, __version__
 from specforge_ext.engines import ENGINES
 from specforge_ext.loader import GlobalStep, Skipped, StepData, Stream, global_steps
 from specforge_ext.methods import METHODS, Method
-from specforge_ext.records import DraftVocab, TargetWeights
+from specforge_ext.records import DraftVocab, FeatureLayout, TargetWeights
 from specforge_ext.runs.data import Dataset, read_dataset
 from specforge_ext.runs.finish import Finished, finish
 from specforge_ext.runs.link import ProducerLink, ProducerProcess
@@ -33,6 +33,9 @@ from specforge_ext.runs.say import Say
 from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost
 from specforge_ext.trainer import StepSource, Trainer, TrainResult, World, open_world
+
+SAMPLE_SLACK_BYTES = 8192
+"""What rounding to whole pages and the alignment of tensors may cost a sample."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,22 @@ def _train(
     )
     layout = method.layout(weights.spec)
     link = _connect(recipe, world, producer, stack)
-    address = link.hello(layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s)
+    address, capacity_bytes = link.hello(
+        layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s
+    )
     files = link.prepare(timeout_s=recipe.run.prepare_timeout_s, progress=say.progress)
     dataset = read_dataset(files)
     say(f"data: {dataset.describe()}")
     vocab = method.vocab(dataset.train, weights.spec)
     draft = method.build(weights, vocab, seed=recipe.run.seed)
     steps = global_steps(dataset.train.lengths, recipe.order, seed=recipe.run.seed)
+    check_room(
+        steps,
+        dataset.train.lengths,
+        layout,
+        in_flight=recipe.stream.in_flight_steps + 1,
+        capacity_bytes=capacity_bytes,
+    )
     say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
     reader = STORES.get(recipe.store[0]).reader(address)
     stack.callback(reader.close)
@@ -188,6 +200,31 @@ def _connect(
     link = link or ProducerLink(path, timeout_s=timeout_s)
     stack.callback(link.close)
     return link
+
+
+def check_room(
+    steps: Sequence[GlobalStep],
+    lengths: Sequence[int],
+    layout: FeatureLayout,
+    *,
+    in_flight: int,
+    capacity_bytes: int,
+) -> None:
+    """ValueError if the steps that ranks ask for together could fill the store and never leave it.
+
+    in_flight: steps a rank has asked for at a time, the one it receives included.
+    """
+    largest = max(steps, key=lambda step: sum(lengths[i] for i in step.samples))
+    tokens = sum(lengths[i] for i in largest.samples)
+    ids_and_mask = 4 + 1
+    needed = in_flight * (
+        tokens * (layout.bytes_per_token + ids_and_mask) + len(largest.samples) * SAMPLE_SLACK_BYTES
+    )
+    if needed > capacity_bytes:
+        raise ValueError(
+            f"store.capacity_bytes: wanted at least {needed} for {in_flight} steps of up to "
+            f"{tokens} tokens (stream.in_flight_steps + 1), got {capacity_bytes}"
+        )
 
 
 def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict[str, Any]:

@@ -104,7 +104,12 @@ class Producer:
         self._selector.register(client, selectors.EVENT_READ, data=client)
         self._tell(
             client,
-            {"op": "hello", "store": self._writer.address(), "layout_hash": self._layout.hash},
+            {
+                "op": "hello",
+                "store": self._writer.address(),
+                "capacity_bytes": self._writer.capacity_bytes,
+                "layout_hash": self._layout.hash,
+            },
         )
 
     def _hear(self, client: Connection) -> None:

@@ -68,6 +68,11 @@ class Lease(Protocol):
 
 
 class StoreWriter(Protocol):
+    @property
+    def capacity_bytes(self) -> int:
+        """Payload that fits at the same time."""
+        ...
+
     def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
         """Copy a sample in and publish it. Waits for room; StoreFull, TransferTimeout."""
         ...

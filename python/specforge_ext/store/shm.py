@@ -98,6 +98,10 @@ class ShmWriter:
             raise StoreError("shm writer: wanted an open arena, but it was closed")
         return self._open_arena
 
+    @property
+    def capacity_bytes(self) -> int:
+        return self.health().capacity_bytes
+
     def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
         """Copy a sample in and publish it; waits for room outside the GIL.
 
