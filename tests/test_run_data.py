@@ -99,7 +99,7 @@ def test_fingerprint_follows_all_that_shapes_the_texts() -> None:
         recipe_with(),
         recipe_with("data.generate.temperature=0.7"),
         recipe_with("data.generate.max_new_tokens=6"),
-        recipe_with("data.generate.stop_at_eos=false"),
+        recipe_with("data.generate.stop_at_eos=true"),
         recipe_with("data.train.num_prompts=7"),
         recipe_with("data.train.prefix_tokens=9"),
         recipe_with("data.train.seed=1"),

@@ -94,7 +94,7 @@ class ProducerLink:
         self._open_steps: deque[int] = deque()
 
     def hello(self, *, layout_hash: str, timeout_s: float) -> tuple[str, int]:
-        """The store's address and capacity in bytes. ValueError if the producer was set up for another layout."""
+        """The store's address and capacity in bytes; ValueError if it is for another layout."""
         if self._hello is None:
             self._hello = self._expect("hello", timeout_s=timeout_s, what="its first message")
         if self._hello["layout_hash"] != layout_hash:
