@@ -126,7 +126,11 @@ def test_predicts_unseen_text_from_its_context(model: Any, tokenizer: Any) -> No
 def test_record_is_of_the_run_that_its_command_makes(record: dict[str, Any]) -> None:
     stopped = re.search(r"--stop-after (\d+)", record["command"])
     assert record["steps"] == (int(stopped[1]) if stopped else record["steps_of_schedule"])
-    assert record["train_loss_nats_per_token"] < record["heldout_loss_nats_per_token"]
+
+
+def test_heldout_text_is_not_memorised(record: dict[str, Any]) -> None:
+    gap = record["heldout_loss_nats_per_token"] - record["train_loss_nats_per_token"]
+    assert 0.0 < gap < 0.6
 
 
 def test_splits_are_disjoint_and_sized() -> None:
