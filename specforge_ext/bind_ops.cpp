@@ -1,3 +1,4 @@
+#include <optional>
 #include <span>
 
 #include "bindings.h"
@@ -21,15 +22,25 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 
 Stream stream_of(uintptr_t handle) { return {reinterpret_cast<void*>(handle)}; }
 
+using OptionalViews = std::vector<std::optional<TensorView>>;
+
 std::vector<PackSource> sources_of(const Views& ids, const Views& masks,
-                                   const std::vector<Views>& features) {
-  if (masks.size() != ids.size() || features.size() != ids.size()) {
-    throw ArgumentError("pack_samples: ids, masks and features must be of as many samples, got " +
-                        std::to_string(ids.size()) + ", " + std::to_string(masks.size()) + " and " +
-                        std::to_string(features.size()));
+                                   const std::vector<Views>& features,
+                                   const std::vector<OptionalViews>& scales) {
+  if (masks.size() != ids.size() || features.size() != ids.size() ||
+      (!scales.empty() && scales.size() != ids.size())) {
+    throw ArgumentError(
+        "pack_samples: ids, masks, features and scales must be of as many samples, "
+        "got " +
+        std::to_string(ids.size()) + ", " + std::to_string(masks.size()) + ", " +
+        std::to_string(features.size()) + " and " + std::to_string(scales.size()));
   }
   std::vector<PackSource> out;
-  for (size_t k = 0; k < ids.size(); ++k) out.push_back({ids[k], masks[k], features[k]});
+  for (size_t k = 0; k < ids.size(); ++k) {
+    out.push_back({ids[k], masks[k], features[k], {}});
+    if (scales.empty()) continue;
+    for (const auto& scale : scales[k]) out.back().scales.push_back(scale.value_or(TensorView{}));
+  }
   return out;
 }
 
@@ -84,14 +95,15 @@ void bind_pack(py::module_& m) {
   m.def(
       "pack_samples",
       [](const Views& ids, const Views& masks, const std::vector<Views>& features,
-         const TensorView& out_ids, const TensorView& out_mask, const TensorView& positions,
-         const TensorView& cu_seqlens, const Views& out_features) {
-        pack_samples(sources_of(ids, masks, features),
-                     {out_ids, out_mask, positions, cu_seqlens, out_features});
+         const std::vector<OptionalViews>& scales, const TensorView& out_ids,
+         const TensorView& out_mask, const TensorView& positions, const TensorView& cu_seqlens,
+         const Views& out_features, uintptr_t stream) {
+        pack_samples(sources_of(ids, masks, features, scales),
+                     {out_ids, out_mask, positions, cu_seqlens, out_features}, stream_of(stream));
       },
-      py::arg("ids"), py::arg("masks"), py::arg("features"), py::arg("out_ids"),
+      py::arg("ids"), py::arg("masks"), py::arg("features"), py::arg("scales"), py::arg("out_ids"),
       py::arg("out_mask"), py::arg("positions"), py::arg("cu_seqlens"), py::arg("out_features"),
-      NoGil());
+      py::arg("stream") = 0, NoGil());
 }
 
 std::span<const char> bytes_of(const py::buffer_info& info) {

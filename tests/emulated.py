@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -98,7 +99,15 @@ def run_program(sanitizer: str, *args: str) -> subprocess.CompletedProcess[str]:
 def library() -> ctypes.CDLL:
     sources = [*_op_sources(), CSRC / "emu" / "emu.cpp", CSRC / "emu" / "ops_abi.cpp"]
     loaded = ctypes.CDLL(str(_compile(("-fPIC", "-shared"), sources, BUILD / "ops.so")))
-    for name in ("row_stats", "soft_ce_rows", "step_sums", "ttt_counts", "ttt_fill", "planted"):
+    for name in (
+        "row_stats",
+        "soft_ce_rows",
+        "step_sums",
+        "ttt_counts",
+        "ttt_fill",
+        "planted",
+        "pack_samples",
+    ):
         getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
     return loaded
 
@@ -181,3 +190,43 @@ def ttt_fill(mask_T: Tensor, cu_seqlens: Tensor, counts: Tensor) -> tuple[Tensor
     inputs = (mask_T, mask_T.numel(), cu_seqlens, cu_seqlens.numel() - 1, counts, len(num_active))
     _call("ttt_fill", *inputs, *out)
     return out
+
+
+def pack_samples(
+    ids: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    features: Sequence[Sequence[Tensor]],
+    scales: Sequence[Sequence[Tensor | None]],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """As ops.pack_samples; dtypes: of the packed features. float32 and bfloat16 only."""
+    total, widths = sum(map(len, ids)), [f.shape[-1] for f in features[0]]
+    flat = [tensor for row in features for tensor in row]
+    flat_scales = [tensor for row in scales for tensor in row]
+    out = [torch.full((total, w), 7).to(d) for w, d in zip(widths, dtypes, strict=True)]
+    out_ids, positions = (torch.full((total,), -7) for _ in range(2))
+    out_mask = torch.full((total,), 99, dtype=torch.uint8)
+    cu_seqlens = torch.full((len(ids) + 1,), -7, dtype=torch.int32)
+    _call(
+        "pack_samples",
+        len(ids),
+        torch.tensor([len(x) for x in ids]),
+        _addresses(ids),
+        _addresses(masks),
+        len(widths),
+        torch.tensor(widths),
+        torch.tensor([DTYPE_CODES[d] for d in dtypes]),
+        _addresses(flat),
+        _addresses(flat_scales),
+        torch.tensor([0 if s is None else s.shape[1] for s in flat_scales]),
+        _addresses(out),
+        out_ids,
+        out_mask,
+        positions,
+        cu_seqlens,
+    )
+    return out_ids, out_mask, positions, cu_seqlens, tuple(out)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Tensor:
+    return torch.tensor([0 if t is None else t.data_ptr() for t in tensors], dtype=torch.int64)

@@ -169,11 +169,71 @@ def test_pack_samples_follow_the_definition(lengths: list[int], widths: list[int
         assert torch.equal(a, b)
 
 
+def encoded_samples(lengths: list[int], width: int, groups: int) -> tuple[list[Tensor], ...]:
+    """(codes [S, width], scales [S, groups]): every code, NaN too, scales of many magnitudes."""
+    generator = torch.Generator().manual_seed(1)
+    codes = [
+        torch.randint(0, 256, (n, width), generator=generator, dtype=torch.int32).to(torch.uint8)
+        for n in lengths
+    ]
+    scales = [
+        torch.exp(torch.randn(n, groups, generator=generator, dtype=torch.float32) * 4)
+        for n in lengths
+    ]
+    return codes, scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "width", "groups"),
+    [([5, 3], 96, 3), ([0, 4, 1], 10, 5), ([2], 0, 1), ([700, 1, 300], 512, 4)],
+)
+def test_pack_samples_decode_fp8(
+    dtype: torch.dtype, lengths: list[int], width: int, groups: int
+) -> None:
+    """Sample 0 is plain, the others encoded; the second feature is plain everywhere."""
+    ids, masks, features = random_samples(lengths, [width, 3], [dtype, torch.float32])
+    codes, group_scales = encoded_samples(lengths, width, groups)
+    scales: list[list[Tensor | None]] = [[scale, None] for scale in group_scales]
+    scales[0][0] = None if len(lengths) > 1 else scales[0][0]
+    for row, code, scale in zip(features, codes, scales, strict=True):
+        row[0] = row[0] if scale[0] is None else code
+    got = ops.pack_samples(ids, masks, features, scales=scales, dtype=dtype)
+    want = reference.pack_samples(ids, masks, features, scales=scales, dtype=dtype)
+    for a, b in zip((*got[:4], *got[4]), (*want[:4], *want[4]), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    as_fp8 = [
+        [row[0] if s[0] is None else row[0].view(torch.float8_e4m3fn), row[1]]
+        for row, s in zip(features, scales, strict=True)
+    ]
+    again = ops.pack_samples(ids, masks, as_fp8, scales=scales, dtype=dtype)
+    assert again[4][0].view(torch.uint8).equal(got[4][0].view(torch.uint8))
+
+
+def test_pack_samples_name_the_scales_that_do_not_fit() -> None:
+    ids, masks, _ = random_samples([2, 3], [], [])
+    codes, scales = encoded_samples([2, 3], 6, 3)
+    features = [[code] for code in codes]
+    with pytest.raises(ValueError, match="groups of feature 0 of sample 1 must divide its width 6"):
+        ops.pack_samples(ids, masks, features, scales=[[scales[0]], [torch.ones(3, 4)]])
+    with pytest.raises(
+        ValueError, match=r"scales of feature 0 of sample 0 must be \[S=2, groups\]"
+    ):
+        ops.pack_samples(ids, masks, features, scales=[[scales[1]], [scales[1]]])
+    with pytest.raises(ValueError, match="feature 0 of sample 1 must be bf16, got"):
+        ops.pack_samples(ids, masks, features, scales=[[scales[0]], [None]])
+    with pytest.raises(ValueError, match="packed feature 0 must be f32 or bf16 to be decoded, got"):
+        ops.pack_samples(ids, masks, features, scales=[[s] for s in scales], dtype=torch.float16)
+    with pytest.raises(ValueError, match="as many scales as features, or none, got 2"):
+        ops.pack_samples(ids, masks, features, scales=[[scales[0], None], [scales[1]]])
+
+
 def test_pack_samples_name_the_sample_that_does_not_fit() -> None:
     ids, masks, features = random_samples([2, 3], [4], [torch.float32])
     with pytest.raises(ValueError, match="at least one sample, got none"):
         ops.pack_samples([], [], [])
-    with pytest.raises(ValueError, match="of as many samples, got 2, 1 and 2"):
+    with pytest.raises(ValueError, match="of as many samples, got 2, 1, 2 and 2"):
         ops.pack_samples(ids, masks[:1], features)
     with pytest.raises(ValueError, match=r"mask of sample 1 must be \[S=3\] u8, got \[2\] u8"):
         ops.pack_samples(ids, [masks[0], masks[0]], features)

@@ -2,12 +2,14 @@
 // error's text (valid until the next call). dtype codes are those of sf::DType.
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "emu/emu.h"
 #include "emu/planted_bugs.h"
 #include "loss/row_stats.h"
 #include "loss/soft_ce_rows.h"
 #include "loss/step_sums.h"
+#include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
 
 namespace {
@@ -101,6 +103,42 @@ const char* emu_ttt_fill(void* mask, int64_t tokens, void* cu_seqlens, int64_t s
          view(pair_teacher, sf::kI32, {pairs}),
          view(teacher_rows, sf::kI32, {counts[ttt_length + 1]})},
         {});
+  });
+}
+
+// Arrays of pointers by sample, or by (sample, feature); a scale of nullptr: not encoded.
+const char* emu_pack_samples(int64_t samples, const int64_t* lengths, void** ids, void** masks,
+                             int64_t features, const int64_t* widths, const int64_t* dtypes,
+                             void** data, void** scales, const int64_t* groups, void** packed,
+                             void* out_ids, void* out_mask, void* positions, void* cu_seqlens) {
+  return guarded([&] {
+    std::vector<sf::PackSource> sources;
+    int64_t total = 0;
+    for (int64_t k = 0; k < samples; ++k) {
+      const int64_t length = lengths[k];
+      sf::PackSource source{
+          view(ids[k], sf::kI32, {length}), view(masks[k], sf::kU8, {length}), {}, {}};
+      for (int64_t f = 0; f < features; ++f) {
+        const int64_t at = k * features + f;
+        const bool encoded = groups[at] > 0;
+        source.features.push_back(view(
+            data[at], encoded ? sf::kU8 : code(static_cast<int>(dtypes[f])), {length, widths[f]}));
+        source.scales.push_back(encoded ? view(scales[at], sf::kF32, {length, groups[at]})
+                                        : sf::TensorView{});
+      }
+      sources.push_back(source);
+      total += length;
+    }
+    sf::PackedViews out{view(out_ids, sf::kI64, {total}),
+                        view(out_mask, sf::kU8, {total}),
+                        view(positions, sf::kI64, {total}),
+                        view(cu_seqlens, sf::kI32, {samples + 1}),
+                        {}};
+    for (int64_t f = 0; f < features; ++f) {
+      out.features.push_back(
+          view(packed[f], code(static_cast<int>(dtypes[f])), {total, widths[f]}));
+    }
+    sf::cuda::pack_samples(sources, out, {});
   });
 }
 

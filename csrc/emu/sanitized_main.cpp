@@ -13,6 +13,7 @@
 #include "loss/row_stats.h"
 #include "loss/soft_ce_rows.h"
 #include "loss/step_sums.h"
+#include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
 
 namespace {
@@ -125,6 +126,32 @@ Bytes ttt_maps(int64_t tokens, const std::vector<int32_t>& bounds, int64_t lengt
   return all;
 }
 
+// Sample k has lengths[k] tokens and one feature; every second one is encoded.
+Bytes pack_samples(sf::DType dtype, const std::vector<int64_t>& lengths, int64_t width,
+                   int64_t groups) {
+  const int64_t total = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+  std::vector<Tensor> held;
+  held.reserve(4 * lengths.size());
+  std::vector<sf::PackSource> sources;
+  const auto hold = [&](sf::DType kind, std::vector<int64_t> shape) {
+    return held.emplace_back(kind, std::move(shape)).view();
+  };
+  for (size_t k = 0; k < lengths.size(); ++k) {
+    const bool encoded = k % 2 == 1;
+    sources.push_back({hold(sf::kI32, {lengths[k]}),
+                       hold(sf::kU8, {lengths[k]}),
+                       {hold(encoded ? sf::kU8 : dtype, {lengths[k], width})},
+                       {encoded ? hold(sf::kF32, {lengths[k], groups}) : sf::TensorView{}}});
+  }
+  Tensor ids(sf::kI64, {total}), mask(sf::kU8, {total}), positions(sf::kI64, {total}),
+      cu(sf::kI32, {static_cast<int64_t>(lengths.size()) + 1}), feature(dtype, {total, width});
+  sf::cuda::pack_samples(
+      sources, {ids.view(), mask.view(), positions.view(), cu.view(), {feature.view()}}, {});
+  Bytes all;
+  for (Tensor* tensor : {&ids, &mask, &positions, &cu, &feature}) append(all, *tensor);
+  return all;
+}
+
 Bytes all_kernels() {
   Bytes all;
   const auto add = [&](const Bytes& bytes) { all.insert(all.end(), bytes.begin(), bytes.end()); };
@@ -140,6 +167,11 @@ Bytes all_kernels() {
   add(step_sums(300, 3));
   add(ttt_maps(13, {0, 4, 4, 13}, 3));
   add(ttt_maps(64, {0, 30, 64}, 7));  // two warps, and two tiles from step 1 on
+  for (sf::DType dtype : {sf::kF32, sf::kBF16}) {
+    add(pack_samples(dtype, {3, 5, 0, 1}, 32, 2));  // vectors, but for the ragged ends of ids
+    add(pack_samples(dtype, {2, 3}, 6, 3));         // element by element
+    add(pack_samples(dtype, {}, 4, 1));
+  }
   return all;
 }
 

@@ -134,11 +134,13 @@ def pack_samples(
     ids: collections.abc.Sequence[torch.Tensor],
     masks: collections.abc.Sequence[torch.Tensor],
     features: collections.abc.Sequence[collections.abc.Sequence[torch.Tensor]],
+    scales: collections.abc.Sequence[collections.abc.Sequence[torch.Tensor | None]],
     out_ids: torch.Tensor,
     out_mask: torch.Tensor,
     positions: torch.Tensor,
     cu_seqlens: torch.Tensor,
     out_features: collections.abc.Sequence[torch.Tensor],
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 def row_stats(
     logits: torch.Tensor,

@@ -56,6 +56,9 @@ def pack_samples(
     masks: Sequence[Tensor],
     features: Sequence[Sequence[Tensor]],
     *,
+    scales: Sequence[Sequence[Tensor | None]] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
     pin_memory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """N samples end to end, without padding.
@@ -63,34 +66,70 @@ def pack_samples(
     Returns ids [T] int64, mask [T] uint8, positions [T] int64 (from 0 in each sample), cu_seqlens
     [N + 1] int32, and each feature [T, width].
     ids[k]: [S_k] int32. masks[k]: [S_k] uint8. features[k][f]: [S_k, width_f], any dtype, the same
-    for all k. CPU tensors; each byte is copied once. pin_memory: allocate page-locked outputs, for
-    copies to a GPU. ValueError names the sample and the tensor that does not fit; at least one
-    sample is needed.
+    for all k. Each byte is read and written once.
+    scales[k][f]: None, or [S_k, groups] float32: features[k][f] is then fp8 (e4m3fn, as uint8 or
+    torch.float8_e4m3fn) with one scale per group of width_f / groups elements, and is decoded to
+    `dtype`, float32 or bfloat16. A feature that is encoded in one sample may be plain in another,
+    of dtype `dtype`.
+    device: where the batch is made. "cpu": of CPU tensors; pin_memory allocates page-locked
+    outputs, for copies to a GPU. A CUDA device: of tensors on it or in page-locked host memory, on
+    the current stream, without a synchronisation; sources must stay unchanged until it has passed.
+    ValueError names the sample and the tensor that does not fit; at least one sample is needed.
     """
     if not ids:
         raise ValueError("pack_samples: wanted at least one sample, got none")
-    if not len(ids) == len(masks) == len(features):
+    sizes = (len(ids), len(masks), len(features), len(scales) or len(ids))
+    if len(set(sizes)) != 1:
         raise ValueError(
-            f"pack_samples: wanted ids, masks and features of as many samples, "
-            f"got {len(ids)}, {len(masks)} and {len(features)}"
+            f"pack_samples: wanted ids, masks, features and scales of as many samples, "
+            f"got {sizes[0]}, {sizes[1]}, {sizes[2]} and {sizes[3]}"
         )
+    place = torch.device(device)
+    if place.type == "cuda":
+        _expect_reachable([*ids, *masks, *(t for row in (*features, *scales) for t in row)])
     total = sum(len(sample) for sample in ids)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+        return torch.empty(shape, dtype=dtype, device=place, pin_memory=pin_memory)
 
     out_ids, out_mask = empty(total, dtype=torch.int64), empty(total, dtype=torch.uint8)
     positions = empty(total, dtype=torch.int64)
     cu_seqlens = empty(len(ids) + 1, dtype=torch.int32)
-    out = [empty(total, first.shape[-1], dtype=first.dtype) for first in features[0]]
+    out = [
+        empty(total, first.shape[-1], dtype=dtype if _is_encoded(scales, f) else first.dtype)
+        for f, first in enumerate(features[0])
+    ]
     _C.pack_samples(
         list(ids),
         list(masks),
-        [list(row) for row in features],
+        [[_as_codes(tensor) for tensor in row] for row in features],
+        [list(row) for row in scales],
         out_ids,
         out_mask,
         positions,
         cu_seqlens,
         out,
+        stream_of(out_ids),
     )
     return out_ids, out_mask, positions, cu_seqlens, tuple(out)
+
+
+def _is_encoded(scales: Sequence[Sequence[Tensor | None]], f: int) -> bool:
+    """In any sample. A row of scales that is too short is refused by the kernel's checks."""
+    return any(f < len(row) and row[f] is not None for row in scales)
+
+
+def _as_codes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def _expect_reachable(tensors: Sequence[Tensor | None]) -> None:
+    """A kernel that reads pageable memory would end the process's CUDA context."""
+    for tensor in tensors:
+        if tensor is None or tensor.device.type != "cpu" or not tensor.numel():
+            continue
+        if not tensor.is_pinned():
+            raise ValueError(
+                "pack_samples: on a CUDA device, wanted sources on it or in page-locked memory, "
+                f"got a pageable CPU tensor of shape {list(tensor.shape)}"
+            )

@@ -160,17 +160,40 @@ def ttt_maps(mask_T: Tensor, cu_seqlens: Tensor, ttt_length: int) -> TttMaps:
 
 
 def pack_samples(
-    ids: Sequence[Tensor], masks: Sequence[Tensor], features: Sequence[Sequence[Tensor]]
+    ids: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    features: Sequence[Sequence[Tensor]],
+    *,
+    scales: Sequence[Sequence[Tensor | None]] = (),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """(ids [T] int64, mask [T] uint8, positions [T] int64, cu_seqlens [N + 1] int32, features).
 
-    features[k][f] is feature f of sample k. At least one sample.
+    features[k][f] is feature f of sample k, with scales[k][f] where it is encoded. At least one
+    sample.
     """
     lengths = torch.tensor([0] + [len(sample) for sample in ids])
+    plain = [
+        [
+            tensor
+            if not scales or scales[k][f] is None
+            else decode_fp8(tensor, scales[k][f], dtype)
+            for f, tensor in enumerate(row)
+        ]
+        for k, row in enumerate(features)
+    ]
     return (
         torch.cat(list(ids)).long(),
         torch.cat(list(masks)),
         torch.cat([torch.arange(len(sample)) for sample in ids]),
         lengths.cumsum(0).to(torch.int32),
-        tuple(torch.cat(list(columns)) for columns in zip(*features, strict=True)),
+        tuple(torch.cat(list(columns)) for columns in zip(*plain, strict=True)),
     )
+
+
+def decode_fp8(codes_SW: Tensor, scales_SG: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[S, W] in `dtype`: the e4m3fn value of each code times the scale of its group."""
+    assert scales_SG is not None
+    values = codes_SW.view(torch.float8_e4m3fn).float()
+    group_width = values.shape[1] // scales_SG.shape[1]
+    return (values * scales_SG.repeat_interleave(group_width, dim=1)).to(dtype)
