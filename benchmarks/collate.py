@@ -2,14 +2,14 @@
 
     python benchmarks/collate.py [--json FILE] [--quick]
 
-Ragged samples (about 2048 tokens in 8, widths of EAGLE-3 at hidden 1024: 3 x 1024 and 1024, bf16; the
-"fp8" case: e4m3 codes with a float32 scale per token and layer). Results are compared before
+Ragged samples: 2048 tokens in 8, widths of EAGLE-3 at hidden 1024 (3 x 1024 and 1024), bf16. The
+"fp8" case: e4m3 codes with a float32 scale per token and layer. Results are compared before
 anything is timed. Peers:
 
-memcpy         the floor: as many bytes into memory that is there already (of the fp8 case: bytes out)
+memcpy         the floor: as many bytes as come out, into memory that is there already
 torch-cat      one torch.cat per tensor; fp8: torch's own conversion and a product first
-padded-shift   what trainers with padded batches do: zero padding, then a copy of each feature and of
-               ids and mask shifted by one
+padded-shift   what trainers with padded batches do: zero padding, then a copy of each feature and
+               of ids and mask shifted by one
 """
 
 from __future__ import annotations
