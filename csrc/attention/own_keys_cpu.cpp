@@ -93,13 +93,12 @@ void merge(const OwnKeysMerge& args, const OwnShape& shape, Kernel kernel) {
 }
 
 // Rows of a gradient that lie between those of the queries.
-void clear_gaps(const TensorView& grad, const int64_t* rows, int64_t num_queries) {
-  if (rows == nullptr) return;
+void clear_gaps(const TensorView& grad, const OwnKeys& own, int64_t num_queries) {
   const auto row_bytes =
       static_cast<size_t>(grad.shape[1] * grad.shape[2]) * dtype_size(grad.dtype);
   int64_t begin = 0;
   for (int64_t n = 0; n <= num_queries; ++n) {
-    const int64_t end = n < num_queries ? rows[n] : grad.shape[0];
+    const int64_t end = n < num_queries ? own_row(own, n) : grad.shape[0];
     if (begin < end) {
       std::memset(grad.as<char>() + static_cast<size_t>(begin) * row_bytes, 0,
                   static_cast<size_t>(end - begin) * row_bytes);
@@ -148,8 +147,8 @@ void own_keys_grads(const OwnKeysGrads& args, Stream) {
   check_rows("own_keys_grads", args.own, args.query.shape[0]);
   const OwnShape shape = shape_of(args.query, args.own, args.scale);
   for (size_t j = 0; j < args.own.size(); ++j) {
-    clear_gaps(args.grads[j].keys, rows_of(args.own[j]), args.query.shape[0]);
-    clear_gaps(args.grads[j].values, rows_of(args.own[j]), args.query.shape[0]);
+    clear_gaps(args.grads[j].keys, args.own[j], args.query.shape[0]);
+    clear_gaps(args.grads[j].values, args.own[j], args.query.shape[0]);
   }
   if (args.query.dtype == kBF16) {
     grads<bf16>(args, shape, kernels().grads_b16);
