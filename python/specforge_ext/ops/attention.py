@@ -45,45 +45,7 @@ def own_keys_merge_(
     )
 
 
-@torch.library.custom_op("specforge_ext::own_keys_grads_", mutates_args=("grad_query",))
 def own_keys_grads_(
-    grad_out: Tensor,
-    query: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_query: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    rows: Sequence[Optional[Tensor]],  # noqa: UP045
-    scale: float,
-) -> list[Tensor]:
-    """Gradients of all keys, then of all values; the query's is ADDED to `grad_query`.
-
-    grad_out, grad_query: [n, Hq, D] in the query's dtype. out, lse: as `own_keys_merge_` left them.
-    The rest as there. Rows that no query uses get gradient 0. grad_out must hold the gradient of
-    `out` alone: nothing flows through lse. Deterministic. ValueError as `own_keys_merge_`.
-    """
-    grad_keys = [torch.empty_like(k) for k in keys]
-    grad_values = [torch.empty_like(v) for v in values]
-    _C.own_keys_grads(
-        grad_out,
-        query,
-        out,
-        lse,
-        grad_query,
-        list(keys),
-        list(values),
-        list(rows),
-        grad_keys,
-        grad_values,
-        scale,
-        stream_of(query),
-    )
-    return [*grad_keys, *grad_values]
-
-
-@own_keys_grads_.register_fake
-def _(
     grad_out: Tensor,
     query: Tensor,
     out: Tensor,
@@ -94,4 +56,49 @@ def _(
     rows: Sequence[Tensor | None],
     scale: float,
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (*keys, *values)]
+    """Gradients of all keys, then of all values; the query's is ADDED to `grad_query`.
+
+    grad_out, grad_query: [n, Hq, D] in the query's dtype. out, lse: as `own_keys_merge_` left them.
+    The rest as there. Rows that no query uses get gradient 0. grad_out must hold the gradient of
+    `out` alone: nothing flows through lse. Deterministic. ValueError as `own_keys_merge_`.
+    """
+    grad_keys = [torch.empty_like(k) for k in keys]
+    grad_values = [torch.empty_like(v) for v in values]
+    _own_keys_grads(
+        grad_out, query, out, lse, grad_query, keys, values, rows, grad_keys, grad_values, scale
+    )
+    return [*grad_keys, *grad_values]
+
+
+# All results are arguments: torch.compile takes no op that changes some arguments and returns
+# others.
+@torch.library.custom_op(
+    "specforge_ext::own_keys_grads", mutates_args=("grad_query", "grad_keys", "grad_values")
+)
+def _own_keys_grads(
+    grad_out: Tensor,
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rows: Sequence[Optional[Tensor]],  # noqa: UP045
+    grad_keys: Sequence[Tensor],
+    grad_values: Sequence[Tensor],
+    scale: float,
+) -> None:
+    _C.own_keys_grads(
+        grad_out,
+        query,
+        out,
+        lse,
+        grad_query,
+        list(keys),
+        list(values),
+        list(rows),
+        list(grad_keys),
+        list(grad_values),
+        scale,
+        stream_of(query),
+    )
