@@ -252,3 +252,23 @@ def test_refused_gradients() -> None:
         _C.own_keys_grads(*fixed, [small], [small], 1.0)
     with pytest.raises(ValueError, match=r"grad_values\[0\] must be \[own_rows=5, kv_heads=2"):
         _C.own_keys_grads(*fixed, [case.keys[0].clone()], [small], 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda(dtype: torch.dtype, head_dim: int) -> None:
+    case = own_keys_case(2001, heads=8, head_dim=head_dim, depth=6, dtype=dtype)
+
+    def on_gpu(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        return [None if x is None else x.cuda() for x in tensors]
+
+    own = *(on_gpu(x) for x in (case.keys, case.values, case.rows)), case.scale
+    query, out, lse = on_gpu((case.query, case.out, case.lse))
+    ops.own_keys_merge_(query, out, lse, *own)
+    check_merge(case, (out.cpu(), lse.cpu()))  # type: ignore[union-attr]
+    inputs = on_gpu(grads_input(case))
+    grads = ops.own_keys_grads_(*inputs, *own)
+    inputs_back = [x.cpu() for x in inputs if x is not None]
+    check_grads(case, inputs_back, [x.cpu() for x in grads])
