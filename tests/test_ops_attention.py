@@ -139,6 +139,15 @@ def test_rows_that_no_query_uses_are_not_read(isa: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 20])
+def test_every_gradient_is_written(num_rows: int) -> None:
+    case = own_keys_case(num_rows, depth=4)
+    grads = [[torch.full_like(x, torch.nan) for x in xs] for xs in (case.keys, case.values)]
+    *own, scale = (list(x) if isinstance(x, tuple) else x for x in case.own)
+    _C.own_keys_grads(*grads_input(case), *own, *grads, scale)
+    assert all(torch.isfinite(x).all() for xs in grads for x in xs)
+
+
 def test_threads_do_not_change_a_bit() -> None:
     case = own_keys_case(600, heads=8, kv_heads=4, head_dim=64, depth=6, dtype=torch.bfloat16)
     results = []

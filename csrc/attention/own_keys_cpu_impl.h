@@ -1,8 +1,8 @@
 // Included by own_keys_cpu.cpp and its _avx2 and _avx512 sisters, each compiled for its own ISA.
 //
-// A row of queries with all its own keys fits the first-level cache, so every operand comes from
-// memory once; the loops below read it again from there. Scores of all heads of a step lie side by
-// side, so that one exponential serves a vector of heads.
+// A row of queries with all its own keys stays in the first two levels of cache, so every operand
+// comes from memory once; the loops below read it again from there. Scores of all heads of a step
+// lie side by side, so that one exponential serves a vector of heads.
 #pragma once
 
 #include <cmath>

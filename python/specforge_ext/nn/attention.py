@@ -25,7 +25,7 @@ from specforge_ext.nn.flash import QueryPlan
 from specforge_ext.ops import own_keys_grads_, own_keys_merge_, reference
 
 _NATIVE = (torch.float32, torch.bfloat16)
-"""What the kernels compute. float64, which only tests of gradients need, takes the definition."""
+"""What the kernels compute; float64, for tests of gradients, and float16 take the definition."""
 
 
 @dataclass(frozen=True)
