@@ -1,6 +1,7 @@
 #include <optional>
 #include <span>
 
+#include "attention/own_keys.h"
 #include "bindings.h"
 #include "convert.h"
 #include "core/check.h"
@@ -106,6 +107,62 @@ void bind_pack(py::module_& m) {
       py::arg("stream") = 0, NoGil());
 }
 
+using OptionalViews = std::vector<std::optional<TensorView>>;
+
+std::vector<OwnKeys> own_keys_of(const char* op, const Views& keys, const Views& values,
+                                 const OptionalViews& rows) {
+  if (values.size() != keys.size() || rows.size() != keys.size()) {
+    throw ArgumentError(std::string(op) + ": keys, values and rows must be as many, got " +
+                        std::to_string(keys.size()) + ", " + std::to_string(values.size()) +
+                        " and " + std::to_string(rows.size()));
+  }
+  std::vector<OwnKeys> out;
+  for (size_t j = 0; j < keys.size(); ++j) {
+    if (rows[j] && rows[j]->rank == 0) {
+      throw ArgumentError(std::string(op) + ": rows[" + std::to_string(j) +
+                          "] must be [rows] i64, got a scalar");
+    }
+    out.push_back({keys[j], values[j], rows[j].value_or(TensorView{})});
+  }
+  return out;
+}
+
+std::vector<OwnKeyGrads> own_key_grads_of(const Views& keys, const Views& values) {
+  if (values.size() != keys.size()) {
+    throw ArgumentError("own_keys_grads: grad_keys and grad_values must be as many, got " +
+                        std::to_string(keys.size()) + " and " + std::to_string(values.size()));
+  }
+  std::vector<OwnKeyGrads> out;
+  for (size_t j = 0; j < keys.size(); ++j) out.push_back({keys[j], values[j]});
+  return out;
+}
+
+void bind_attention(py::module_& m) {
+  m.def(
+      "own_keys_merge",
+      [](const TensorView& query, const TensorView& out, const TensorView& lse, const Views& keys,
+         const Views& values, const OptionalViews& rows, float scale, uintptr_t stream) {
+        const auto own = own_keys_of("own_keys_merge", keys, values, rows);
+        own_keys_merge({query, out, lse, own, scale}, stream_of(stream));
+      },
+      py::arg("query"), py::arg("out"), py::arg("lse"), py::arg("keys"), py::arg("values"),
+      py::arg("rows"), py::arg("scale"), py::arg("stream") = 0, NoGil());
+  m.def(
+      "own_keys_grads",
+      [](const TensorView& grad_out, const TensorView& query, const TensorView& out,
+         const TensorView& lse, const TensorView& grad_query, const Views& keys,
+         const Views& values, const OptionalViews& rows, const Views& grad_keys,
+         const Views& grad_values, float scale, uintptr_t stream) {
+        const auto own = own_keys_of("own_keys_grads", keys, values, rows);
+        const auto grads = own_key_grads_of(grad_keys, grad_values);
+        own_keys_grads({grad_out, query, out, lse, grad_query, own, grads, scale},
+                       stream_of(stream));
+      },
+      py::arg("grad_out"), py::arg("query"), py::arg("out"), py::arg("lse"), py::arg("grad_query"),
+      py::arg("keys"), py::arg("values"), py::arg("rows"), py::arg("grad_keys"),
+      py::arg("grad_values"), py::arg("scale"), py::arg("stream") = 0, NoGil());
+}
+
 std::span<const char> bytes_of(const py::buffer_info& info) {
   if (info.ndim != 1 || (info.shape[0] > 1 && info.strides[0] != info.itemsize)) {
     throw ArgumentError("crc32c: data must be one-dimensional and contiguous, got " +
@@ -151,6 +208,7 @@ void bind_core(py::module_& m) {
 void bind_ops(py::module_& m) {
   bind_loss(m);
   bind_pack(m);
+  bind_attention(m);
   bind_core(m);
 }
 

@@ -109,6 +109,8 @@ def library() -> ctypes.CDLL:
         "pack_samples",
     ):
         getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
+    for name in ("own_keys_merge", "own_keys_grads"):
+        getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
     return loaded
 
 
@@ -230,3 +232,55 @@ def pack_samples(
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Tensor:
     return torch.tensor([0 if t is None else t.data_ptr() for t in tensors], dtype=torch.int64)
+
+
+def own_keys_merge_(
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    scale: float,
+) -> None:
+    """As `ops.own_keys_merge_`."""
+    table = _own_keys_table(keys, values, rows, keys, values)
+    sizes = (*query.shape, keys[0].shape[1], table, len(keys), torch.tensor(scale))
+    _call("own_keys_merge", query, out, lse, DTYPE_CODES[query.dtype], *sizes)
+
+
+def own_keys_grads_(
+    grad_out: Tensor,
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    scale: float,
+) -> list[Tensor]:
+    """As `ops.own_keys_grads_`; gradients that the kernel leaves unwritten are NaN."""
+    grads = [torch.full_like(x, torch.nan) for x in (*keys, *values)]
+    table = _own_keys_table(keys, values, rows, grads[: len(keys)], grads[len(keys) :])
+    sizes = (*query.shape, keys[0].shape[1], table, len(keys), torch.tensor(scale))
+    inputs = (grad_out, query, out, lse, grad_query, DTYPE_CODES[query.dtype])
+    _call("own_keys_grads", *inputs, *sizes)
+    return grads
+
+
+def _own_keys_table(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    grad_keys: Sequence[Tensor],
+    grad_values: Sequence[Tensor],
+) -> Tensor:
+    """[steps, 6] int64, as csrc/emu/ops_abi.cpp wants it."""
+    steps = zip(keys, values, rows, grad_keys, grad_values, strict=True)
+    return torch.tensor(
+        [
+            [len(k), *(0 if x is None else x.data_ptr() for x in (k, v, r, gk, gv))]
+            for k, v, r, gk, gv in steps
+        ]
+    )

@@ -50,6 +50,8 @@ def test_kernels_pass_the_gates() -> None:
         "step_sums_kernel",
         "ttt_counts_kernel",
         "ttt_fill_kernel",
+        "own_keys_merge_kernel",
+        "own_keys_grads_kernel",
     }
 
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/own_keys.h"
 #include "emu/emu.h"
 #include "emu/planted_bugs.h"
 #include "loss/row_stats.h"
@@ -32,6 +33,31 @@ sf::TensorView view(void* data, sf::DType dtype, std::initializer_list<int64_t> 
 }
 
 sf::DType code(int dtype) { return static_cast<sf::DType>(dtype); }
+
+// What all tensors of own_keys have in common. A step is 6 words of `table`: own_rows and the
+// addresses of keys, values, rows (0: none), and of the gradients of keys and values.
+struct OwnKeysCase {
+  sf::DType dtype;
+  int64_t rows, heads, head_dim, kv_heads;
+  std::vector<sf::OwnKeys> own;
+  std::vector<sf::OwnKeyGrads> grads;
+
+  OwnKeysCase(int dtype_, int64_t rows_, int64_t heads_, int64_t head_dim_, int64_t kv_heads_,
+              const int64_t* table, int64_t depth)
+      : dtype(code(dtype_)), rows(rows_), heads(heads_), head_dim(head_dim_), kv_heads(kv_heads_) {
+    for (const int64_t* step = table; step != table + 6 * depth; step += 6) {
+      const auto keys = [&](int64_t address) {
+        return view(reinterpret_cast<void*>(address), dtype, {step[0], kv_heads, head_dim});
+      };
+      sf::TensorView index;
+      if (step[3] != 0) index = view(reinterpret_cast<void*>(step[3]), sf::kI64, {rows});
+      own.push_back({keys(step[1]), keys(step[2]), index});
+      grads.push_back({keys(step[4]), keys(step[5])});
+    }
+  }
+  sf::TensorView query(void* data) const { return view(data, dtype, {rows, heads, head_dim}); }
+  sf::TensorView lse(void* data) const { return view(data, sf::kF32, {rows, heads}); }
+};
 
 }  // namespace
 
@@ -139,6 +165,27 @@ const char* emu_pack_samples(int64_t samples, const int64_t* lengths, void** ids
           view(packed[f], code(static_cast<int>(dtypes[f])), {total, widths[f]}));
     }
     sf::cuda::pack_samples(sources, out, {});
+  });
+}
+
+const char* emu_own_keys_merge(void* query, void* out, void* lse, int dtype, int64_t rows,
+                               int64_t heads, int64_t head_dim, int64_t kv_heads,
+                               const int64_t* table, int64_t depth, const float* scale) {
+  return guarded([&] {
+    const OwnKeysCase c(dtype, rows, heads, head_dim, kv_heads, table, depth);
+    sf::cuda::own_keys_merge({c.query(query), c.query(out), c.lse(lse), c.own, *scale}, {});
+  });
+}
+
+const char* emu_own_keys_grads(void* grad_out, void* query, void* out, void* lse, void* grad_query,
+                               int dtype, int64_t rows, int64_t heads, int64_t head_dim,
+                               int64_t kv_heads, const int64_t* table, int64_t depth,
+                               const float* scale) {
+  return guarded([&] {
+    const OwnKeysCase c(dtype, rows, heads, head_dim, kv_heads, table, depth);
+    sf::cuda::own_keys_grads({c.query(grad_out), c.query(query), c.query(out), c.lse(lse),
+                              c.query(grad_query), c.own, c.grads, *scale},
+                             {});
   });
 }
 

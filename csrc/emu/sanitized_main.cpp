@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/own_keys.h"
 #include "emu/emu.h"
 #include "emu/planted_bugs.h"
 #include "loss/row_stats.h"
@@ -34,6 +35,9 @@ struct Tensor {
     bytes.shrink_to_fit();
   }
   sf::TensorView view() {
+    if (shape.size() == 3) {
+      return sf::view_of(bytes.data(), dtype, {shape[0], shape[1], shape[2]}, kDevice);
+    }
     return shape.size() == 1 ? sf::view_of(bytes.data(), dtype, {shape[0]}, kDevice)
                              : sf::view_of(bytes.data(), dtype, {shape[0], shape[1]}, kDevice);
   }
@@ -152,6 +156,47 @@ Bytes pack_samples(sf::DType dtype, const std::vector<int64_t>& lengths, int64_t
   return all;
 }
 
+// Step j has 2 (j + 1) rows more than there are queries, before, among and after theirs; step 1
+// none, and no index.
+Bytes own_keys(sf::DType dtype, int64_t rows, int64_t kv_heads, int64_t group, int64_t head_dim,
+               int depth) {
+  const std::vector<int64_t> shape{rows, kv_heads * group, head_dim};
+  Tensor query(dtype, shape), out(dtype, shape), grad_out(dtype, shape), grad_query(dtype, shape),
+      lse(sf::kF32, {rows, kv_heads * group});
+  unsigned seed = 8;
+  for (Tensor* tensor : {&query, &out, &grad_out, &grad_query, &lse}) fill_logits(*tensor, seed++);
+  std::vector<Tensor> keys, values, indices, grad_keys, grad_values;
+  for (int j = 0; j < depth; ++j) {
+    const int64_t more = j == 1 ? 0 : 2 * (j + 1);
+    const std::vector<int64_t> own{rows + more, kv_heads, head_dim};
+    for (auto* tensors : {&keys, &values, &grad_keys, &grad_values}) {
+      tensors->emplace_back(dtype, own);
+      fill_logits(tensors->back(), seed++);
+    }
+    indices.emplace_back(sf::kI64, std::vector<int64_t>{rows});
+    for (int64_t n = 0; n < rows; ++n) {
+      indices[j].as<int64_t>()[n] = n + 1 + (n > rows / 2 ? j : 0);
+    }
+  }
+  std::vector<sf::OwnKeys> own;
+  std::vector<sf::OwnKeyGrads> grads;
+  for (int j = 0; j < depth; ++j) {
+    own.push_back(
+        {keys[j].view(), values[j].view(), j == 1 ? sf::TensorView{} : indices[j].view()});
+    grads.push_back({grad_keys[j].view(), grad_values[j].view()});
+  }
+  sf::cuda::own_keys_merge({query.view(), out.view(), lse.view(), own, 0.01f}, {});
+  sf::cuda::own_keys_grads(
+      {grad_out.view(), query.view(), out.view(), lse.view(), grad_query.view(), own, grads, 0.01f},
+      {});
+  Bytes all;
+  for (Tensor* tensor : {&out, &lse, &grad_query}) append(all, *tensor);
+  for (auto* tensors : {&grad_keys, &grad_values}) {
+    for (Tensor& tensor : *tensors) append(all, tensor);
+  }
+  return all;
+}
+
 Bytes all_kernels() {
   Bytes all;
   const auto add = [&](const Bytes& bytes) { all.insert(all.end(), bytes.begin(), bytes.end()); };
@@ -171,6 +216,10 @@ Bytes all_kernels() {
     add(pack_samples(dtype, {3, 5, 0, 1}, 32, 2));  // vectors, but for the ragged ends of ids
     add(pack_samples(dtype, {2, 3}, 6, 3));         // element by element
     add(pack_samples(dtype, {}, 4, 1));
+    add(own_keys(dtype, 0, 2, 2, 16, 1));  // only rows that no query uses
+    add(own_keys(dtype, 7, 1, 4, 64, 3));
+    add(own_keys(dtype, 5, 3, 1, 80, 2));  // the last lanes of a team have nothing to do
+    add(own_keys(dtype, 3, 2, 2, 256, 6));
   }
   return all;
 }

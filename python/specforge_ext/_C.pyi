@@ -22,6 +22,8 @@ __all__: list[str] = [
     "cuda_compiled",
     "has_fast_bf16",
     "isa",
+    "own_keys_grads",
+    "own_keys_merge",
     "pack_samples",
     "row_stats",
     "set_isa",
@@ -130,6 +132,30 @@ def crc32c_table(
 ) -> int: ...
 def has_fast_bf16() -> bool: ...
 def isa() -> str: ...
+def own_keys_grads(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_query: torch.Tensor,
+    keys: collections.abc.Sequence[torch.Tensor],
+    values: collections.abc.Sequence[torch.Tensor],
+    rows: collections.abc.Sequence[torch.Tensor | None],
+    grad_keys: collections.abc.Sequence[torch.Tensor],
+    grad_values: collections.abc.Sequence[torch.Tensor],
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def own_keys_merge(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    keys: collections.abc.Sequence[torch.Tensor],
+    values: collections.abc.Sequence[torch.Tensor],
+    rows: collections.abc.Sequence[torch.Tensor | None],
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
 def pack_samples(
     ids: collections.abc.Sequence[torch.Tensor],
     masks: collections.abc.Sequence[torch.Tensor],

@@ -8,8 +8,12 @@ row_stats       the same from logits that exist already
 soft_ce_rows_   the row loss alone, from logits that exist already; its gradient replaces them
 ttt_maps        which rows of a packed batch are active and scored at each TTT step
 pack_samples    samples end to end, without padding
+own_keys_merge_ attention over the rows' own keys of earlier TTT steps, into flash attention's
+                output
+own_keys_grads_ its backward
 """
 
+from specforge_ext.ops.attention import own_keys_grads_, own_keys_merge_
 from specforge_ext.ops.draft_loss import draft_loss
 from specforge_ext.ops.pack import pack_samples, ttt_maps
 from specforge_ext.ops.results import DraftLoss, SoftCeRows, TttMaps
@@ -21,6 +25,8 @@ __all__ = [
     "SoftCeRows",
     "TttMaps",
     "draft_loss",
+    "own_keys_grads_",
+    "own_keys_merge_",
     "pack_samples",
     "row_stats",
     "soft_ce_rows_",
