@@ -76,7 +76,7 @@ void check_indices(const LossRows& args) {
 
 // A thread's own memory, which it keeps.
 struct Scratch {
-  std::vector<float> teacher_exps, teacher_x, exps, scores;
+  std::vector<float> teacher_exps, teacher_d, exps, scores;
   std::vector<SoftmaxBlock> teacher_blocks, blocks;
 
   void reserve(int64_t vocab, LossKind kind) {
@@ -84,7 +84,7 @@ struct Scratch {
       if (static_cast<int64_t>(memory.size()) < size) memory.resize(static_cast<size_t>(size));
     };
     for (std::vector<float>* row : {&teacher_exps, &exps}) grow(*row, vocab);
-    if (needs_x(kind)) grow(teacher_x, vocab);
+    if (needs_logits(kind)) grow(teacher_d, vocab);
     if (kind == LossKind::kJsd) grow(scores, vocab);
     for (std::vector<SoftmaxBlock>* row : {&teacher_blocks, &blocks}) grow(*row, num_blocks(vocab));
   }
@@ -101,12 +101,12 @@ struct Op {
     const TeacherArgs row{row_of(args.teacher, r),
                           args.logits.shape[1],
                           args.teacher.shape[1],
-                          1 / spec.temperature,
+                          spec.temperature,
                           lse == nullptr ? nullptr : lse + r,
                           argmax == nullptr ? nullptr : argmax + r,
-                          needs_x(spec.kind),
+                          needs_logits(spec.kind),
                           scratch.teacher_exps.data(),
-                          scratch.teacher_x.data(),
+                          scratch.teacher_d.data(),
                           scratch.teacher_blocks.data()};
     return args.teacher.dtype == kBF16 ? kernels.teacher_b16(row) : kernels.teacher_f32(row);
   }
@@ -118,7 +118,7 @@ struct Op {
     const bool bf16_row = args.logits.dtype == kBF16;
     // The gradient will replace the logits: a float row can hold what comes in between.
     float* spare = spec.writes_gradient && !bf16_row ? reinterpret_cast<float*>(row) : nullptr;
-    float* exps = spare != nullptr && !needs_x(spec.kind) ? spare : scratch.exps.data();
+    float* exps = spare != nullptr && !needs_logits(spec.kind) ? spare : scratch.exps.data();
     float* scores = spare != nullptr ? spare : scratch.scores.data();
     const StudentArgs student{row,
                               args.logits.shape[1],
@@ -126,7 +126,7 @@ struct Op {
                               label == nullptr ? -1 : label[r],
                               args.weight.as<const float>()[n],
                               kl_weight == nullptr ? 0 : kl_weight[n],
-                              1 / spec.temperature,
+                              spec.temperature,
                               spec.beta,
                               spec.hard_weight,
                               spec.writes_gradient,

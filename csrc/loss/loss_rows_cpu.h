@@ -10,21 +10,21 @@ namespace sf::cpu {
 
 inline constexpr int kNumLossKinds = 7;
 
-// A block of a row's softmax at temperature tau. Within it x[v] = (row[v] - max) / tau and
-// exps[v] = exp(x[v]).
+// A block of a row's softmax at temperature tau. Within it d[v] = row[v] - max and exps[v] =
+// exp(d[v] / tau).
 struct SoftmaxBlock {
   float max;                        // of the row up to the end of this block
   float to_prob;                    // exps[v] * to_prob: the probability
   double shift;                     // (max - max of the row) / tau, <= 0
-  double exp_sum, x_dot, loss_dot;  // sums over the block, relative to its max
+  double exp_sum, d_dot, loss_dot;  // sums over the block, relative to its max
 };
 
 // What the students of a teacher need of it.
 struct TeacherRow {
   const float* exps;           // [vocab]
-  const float* x;              // [vocab]; only if asked for
+  const float* d;              // [vocab]; only if asked for
   const SoftmaxBlock* blocks;  // of the first vocab columns
-  double log_sum;              // log sum exp(x[v] + shift)
+  double log_sum;              // log sum exp(d[v] / tau + shift)
   double kept;                 // pt = kept * p: the share of its mass the draft can say
   int64_t argmax;
 };
@@ -32,11 +32,11 @@ struct TeacherRow {
 struct TeacherArgs {
   const void* row;
   int64_t vocab, columns;  // columns of `row`, >= vocab
-  float inverse_tau;
+  double tau;
   const float* lse;       // nullptr: from all columns
   const int32_t* argmax;  // nullptr: from the columns that are read
-  bool keeps_x;
-  float *exps, *x;  // [vocab] to write; x only with keeps_x
+  bool keeps_d;
+  float *exps, *d;  // [vocab] to write; d only with keeps_d
   SoftmaxBlock* blocks;
 };
 
@@ -46,9 +46,10 @@ struct StudentArgs {
   const TeacherRow* teacher;  // nullptr: the hard cross entropy
   int64_t label;              // < 0: none
   float weight, kl_weight;
-  float inverse_tau, beta, hard_weight;
+  double tau;
+  float beta, hard_weight;
   bool writes_gradient;
-  float *exps, *scores;  // [vocab] scratch each, see needs_x; scores only for the JSD
+  float *exps, *scores;  // [vocab] scratch each, see needs_logits; scores only for the JSD
   SoftmaxBlock* blocks;
 };
 
@@ -73,7 +74,7 @@ extern const LossKernels kLossPlain, kLossAvx2, kLossAvx512;
 // Whether the loss needs the logits themselves, beside their exponentials, once the row's softmax
 // is known. If not, a float row that will hold the gradient may serve as `exps`; if so, the JSD's
 // `scores`, which replace the logits, may lie there.
-constexpr bool needs_x(LossKind kind) {
+constexpr bool needs_logits(LossKind kind) {
   return kind == LossKind::kReverseKl || kind == LossKind::kJsd;
 }
 

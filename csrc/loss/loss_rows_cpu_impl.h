@@ -16,7 +16,7 @@ namespace {
 
 constexpr float kLeastNormal = std::numeric_limits<float>::min();
 
-// Brings the blocks to one scale. Returns sum exp(x[v] + shift).
+// Brings the blocks to one scale. Returns sum exp(d[v] / tau + shift).
 SF_ALWAYS_INLINE double normalize(SoftmaxBlock* blocks, int64_t vocab, float max,
                                   double inverse_tau) {
   double sum = 0, shift = 0, scale = 1;
@@ -42,37 +42,40 @@ SF_ALWAYS_INLINE double normalize(SoftmaxBlock* blocks, int64_t vocab, float max
   return sum;
 }
 
-template <class T, bool kKeepsX>
+template <class T, bool kKeepsD>
 SF_ALWAYS_INLINE RowMax teacher_exps(const TeacherArgs& args, const T* row) {
-  return for_each_block_and_max(
-      row, args.vocab, [&](int64_t k, int64_t begin, int64_t end, float max) {
-        Vec exp_sum = set1(0);
-        for_each_vec(begin, end, [&](int64_t v, auto lanes) {
-          const Vec x = (lanes.load(row + v, max) - set1(max)) * set1(args.inverse_tau);
-          const Vec e = lanes.only(exp_nonpositive(x));
-          lanes.store(args.exps + v, e);
-          if constexpr (kKeepsX) lanes.store(args.x + v, x);
-          exp_sum = exp_sum + e;
-        });
-        args.blocks[k] = {max, 0, 0, sum_lanes(exp_sum), 0, 0};
-      });
+  const Exp exp(args.tau);
+  float *exps = args.exps, *ds = args.d;
+  SoftmaxBlock* blocks = args.blocks;
+  return for_each_block_and_max(row, args.vocab,
+                                [&](int64_t k, int64_t begin, int64_t end, float max) {
+                                  Vec exp_sum = set1(0);
+                                  for_each_vec(begin, end, [&](int64_t v, auto lanes) {
+                                    fetch_ahead(row + v);
+                                    const Vec d = lanes.load(row + v, max) - set1(max);
+                                    const Vec e = lanes.only(exp(d));
+                                    lanes.store(exps + v, e);
+                                    if constexpr (kKeepsD) lanes.store(ds + v, d);
+                                    exp_sum = exp_sum + e;
+                                  });
+                                  blocks[k] = {max, 0, 0, sum_lanes(exp_sum), 0, 0};
+                                });
 }
 
 template <class T>
 TeacherRow teacher_row(const TeacherArgs& args) {
   const T* row = static_cast<const T*>(args.row);
   const RowMax top =
-      args.keeps_x ? teacher_exps<T, true>(args, row) : teacher_exps<T, false>(args, row);
-  const double tau_inv = args.inverse_tau;
-  const double sum = normalize(args.blocks, args.vocab, top.value, tau_inv);
-  TeacherRow out{args.exps, args.x, args.blocks, ::log(sum), 1, top.index};
+      args.keeps_d ? teacher_exps<T, true>(args, row) : teacher_exps<T, false>(args, row);
+  const double inverse_tau = 1 / args.tau;
+  const double sum = normalize(args.blocks, args.vocab, top.value, inverse_tau);
+  TeacherRow out{args.exps, args.d, args.blocks, ::log(sum), 1, top.index};
   if (args.lse != nullptr) {
-    out.kept = ::exp(top.value * tau_inv + out.log_sum - static_cast<double>(*args.lse));
+    out.kept = ::exp(top.value * inverse_tau + out.log_sum - static_cast<double>(*args.lse));
     if (args.argmax != nullptr) out.argmax = *args.argmax;
   } else if (args.columns > args.vocab) {
-    const SoftmaxStat rest =
-        softmax_stat(row + args.vocab, args.columns - args.vocab, args.inverse_tau);
-    const double above = (static_cast<double>(rest.top.value) - top.value) * tau_inv;
+    const SoftmaxStat rest = softmax_stat(row + args.vocab, args.columns - args.vocab, args.tau);
+    const double above = (static_cast<double>(rest.top.value) - top.value) * inverse_tau;
     out.kept = sum / (sum + rest.sum * ::exp(above));
     if (rest.top.value > top.value) out.argmax = args.vocab + rest.top.index;
   }
@@ -82,15 +85,15 @@ TeacherRow teacher_row(const TeacherArgs& args) {
 template <LossKind kKind, class T>
 class Student {
  public:
-  explicit Student(const StudentArgs& args) : args_(args), row_(static_cast<T*>(args.row)) {}
+  explicit Student(const StudentArgs& args)
+      : args_(args), row_(static_cast<T*>(args.row)), inverse_tau_(1 / args.tau) {}
 
   StudentRow process() {
     const float label_logit = args_.label < 0 ? 0 : to_f32(row_[args_.label]);
     const RowMax top = softmax();
-    const double tau_inv = args_.inverse_tau;
-    const double sum = normalize(args_.blocks, args_.vocab, top.value, tau_inv);
+    const double sum = normalize(args_.blocks, args_.vocab, top.value, inverse_tau_);
     log_sum_ = ::log(sum);
-    label_loss_ = log_sum_ - (static_cast<double>(label_logit) - top.value) * tau_inv;
+    label_loss_ = log_sum_ - (static_cast<double>(label_logit) - top.value) * inverse_tau_;
     collect();
     later_passes();
     const double hard = args_.hard_weight == 0 ? 0 : args_.hard_weight * label_loss_;
@@ -114,11 +117,11 @@ class Student {
   struct Block {
     T* row;
     float *exps, *scores;
-    const float *teacher_exps, *teacher_x;
+    const float *teacher_exps, *teacher_d;
     bool writes_scores;
     Vec max, inverse_tau;
     Vec to_q, to_p, to_pt;
-    Vec log_q, log_p, log_ratio;  // log q = x + log_q, log p = teacher_x + log_p; their difference
+    Vec log_q, log_p, log_ratio;  // log q = d / tau + log_q; log p so; the difference
     Vec beta, one_minus_beta, kl_weight, one_minus_kl_weight;
     Vec mean, inverse_a, weight, hard_weight;
   };
@@ -131,7 +134,7 @@ class Student {
     b.scores = args_.scores;
     b.writes_scores = args_.writes_gradient;
     b.max = set1(own.max);
-    b.inverse_tau = set1(args_.inverse_tau);
+    b.inverse_tau = set1(static_cast<float>(inverse_tau_));
     b.to_q = set1(own.to_prob);
     b.beta = set1(args_.beta);
     b.one_minus_beta = set1(1 - args_.beta);
@@ -139,13 +142,13 @@ class Student {
     b.one_minus_kl_weight = set1(1 - args_.kl_weight);
     b.mean = set1(static_cast<float>(mean_));
     b.inverse_a = set1(inverse_a());
-    b.weight = set1(args_.weight * args_.inverse_tau);
+    b.weight = set1(static_cast<float>(args_.weight * inverse_tau_));
     b.hard_weight = set1(args_.hard_weight);
     if constexpr (kTaught) {
       const TeacherRow& teacher = *args_.teacher;
       const SoftmaxBlock& other = teacher.blocks[k];
       b.teacher_exps = teacher.exps;
-      b.teacher_x = teacher.x;
+      b.teacher_d = teacher.d;
       b.to_p = set1(other.to_prob);
       b.to_pt = set1(static_cast<float>(other.to_prob * teacher.kept));
       const double log_q = own.shift - log_sum_, log_p = other.shift - teacher.log_sum;
@@ -161,24 +164,25 @@ class Student {
     const T* row = row_;
     float* exps = args_.exps;
     const float* teacher_exps = kTaught ? args_.teacher->exps : nullptr;
-    const float* teacher_x = kTaught ? args_.teacher->x : nullptr;
-    const Vec inverse_tau = set1(args_.inverse_tau);
+    const float* teacher_d = kTaught ? args_.teacher->d : nullptr;
+    const Exp exp(args_.tau);
     SoftmaxBlock* blocks = args_.blocks;
     return for_each_block_and_max(
         row, args_.vocab, [&](int64_t k, int64_t begin, int64_t end, float max) {
-          Vec exp_sum = set1(0), x_dot = set1(0), loss_dot = set1(0);
+          Vec exp_sum = set1(0), d_dot = set1(0), loss_dot = set1(0);
           for_each_vec(begin, end, [&](int64_t v, auto lanes) {
-            const Vec x = (lanes.load(row + v, max) - set1(max)) * inverse_tau;
-            const Vec e = lanes.only(exp_nonpositive(x));
-            if constexpr (kSoft) loss_dot = fma(lanes.load(teacher_exps + v, 0), x, loss_dot);
+            fetch_ahead(row + v);
+            const Vec d = lanes.load(row + v, max) - set1(max);
+            const Vec e = lanes.only(exp(d));
+            if constexpr (kSoft) loss_dot = fma(lanes.load(teacher_exps + v, 0), d, loss_dot);
             if constexpr (kKind == LossKind::kReverseKl) {
-              loss_dot = fma(e, x - lanes.load(teacher_x + v, 0), loss_dot);
+              loss_dot = fma(e, d - lanes.load(teacher_d + v, 0), loss_dot);
             }
             lanes.store(exps + v, e);
             exp_sum = exp_sum + e;
-            x_dot = fma(e, x, x_dot);
+            d_dot = fma(e, d, d_dot);
           });
-          blocks[k] = {max, 0, 0, sum_lanes(exp_sum), sum_lanes(x_dot), sum_lanes(loss_dot)};
+          blocks[k] = {max, 0, 0, sum_lanes(exp_sum), sum_lanes(d_dot), sum_lanes(loss_dot)};
         });
   }
 
@@ -187,14 +191,15 @@ class Student {
     for (int64_t k = 0; k < num_blocks(args_.vocab); ++k) {
       const SoftmaxBlock& own = args_.blocks[k];
       const double to_q = own.to_prob;
-      x_mean_ += to_q * (own.x_dot + own.shift * own.exp_sum);
+      x_mean_ += to_q * (own.d_dot * inverse_tau_ + own.shift * own.exp_sum);
       if constexpr (kSoft) {
         const SoftmaxBlock& other = args_.teacher->blocks[k];
-        cross_ += other.to_prob * (own.loss_dot + own.shift * other.exp_sum);
+        cross_ += other.to_prob * (own.loss_dot * inverse_tau_ + own.shift * other.exp_sum);
       }
       if constexpr (kKind == LossKind::kReverseKl) {
         const double log_p = args_.teacher->blocks[k].shift - args_.teacher->log_sum;
-        mean_ += to_q * (own.loss_dot + (own.shift - log_sum_ - log_p) * own.exp_sum);
+        mean_ +=
+            to_q * (own.loss_dot * inverse_tau_ + (own.shift - log_sum_ - log_p) * own.exp_sum);
       }
     }
   }
@@ -240,8 +245,8 @@ class Student {
   }
 
   template <class Lanes>
-  static SF_ALWAYS_INLINE Vec x_of(const Block& b, int64_t v, Lanes lanes) {
-    return (lanes.load(b.row + v, 0) - b.max) * b.inverse_tau;
+  static SF_ALWAYS_INLINE Vec log_q(const Block& b, int64_t v, Lanes lanes) {
+    return fma(lanes.load(b.row + v, 0) - b.max, b.inverse_tau, b.log_q);
   }
 
   template <class Lanes>
@@ -257,8 +262,8 @@ class Student {
     if constexpr (kKind == LossKind::kJsd) {
       const Vec m = fma(b.beta, p, b.one_minus_beta * q);
       const Vec log_m = log_positive(max(m, set1(kLeastNormal)));
-      const Vec log_q_m = x_of(b, v, lanes) + b.log_q - log_m;
-      const Vec log_p_m = lanes.load(b.teacher_x + v, 0) + b.log_p - log_m;
+      const Vec log_q_m = log_q(b, v, lanes) - log_m;
+      const Vec log_p_m = fma(lanes.load(b.teacher_d + v, 0), b.inverse_tau, b.log_p) - log_m;
       sums->value = fma(p, log_p_m, sums->value);
       sums->mean = fma(q, log_q_m, sums->mean);
       if (b.writes_scores) lanes.store(b.scores + v, log_q_m);
@@ -283,8 +288,8 @@ class Student {
     } else if constexpr (kKind == LossKind::kSoftCe) {
       return q - t * b.to_p;
     } else if constexpr (kKind == LossKind::kReverseKl) {
-      const Vec log_ratio = x_of(b, v, lanes) - lanes.load(b.teacher_x + v, 0) + b.log_ratio;
-      return q * (log_ratio - b.mean);
+      const Vec difference = lanes.load(b.row + v, 0) - b.max - lanes.load(b.teacher_d + v, 0);
+      return q * (fma(difference, b.inverse_tau, b.log_ratio) - b.mean);
     } else if constexpr (kKind == LossKind::kJsd) {
       return b.one_minus_beta * q * (lanes.load(b.scores + v, 0) - b.mean);
     } else if constexpr (kKind == LossKind::kL1) {
@@ -330,8 +335,9 @@ class Student {
 
   const StudentArgs& args_;
   T* row_;
+  double inverse_tau_;
   double log_sum_ = 0, label_loss_ = 0;
-  double x_mean_ = 0;    // sum q x
+  double x_mean_ = 0;    // sum q x, x = (z - max z) / tau
   double cross_ = 0;     // sum p x
   double accepted_ = 0;  // sum min(pt, q)
   double value_ = 0;     // L1: sum |q - p|; JSD: sum p log(p / m)

@@ -19,6 +19,14 @@ namespace {
 inline constexpr int64_t kBlock = 1024;
 inline constexpr float kLeast = -std::numeric_limits<float>::infinity();
 
+// Asks for what the first pass reads 8 KiB later: a hardware prefetcher that stops at the ends of
+// 4 KiB pages leaves half of the time to waiting.
+template <class T>
+SF_ALWAYS_INLINE void fetch_ahead(const T* at) {
+  constexpr uintptr_t kAhead = 8192;
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + kAhead), 0, 2);
+}
+
 constexpr int64_t num_blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
 // How a loop body reads and writes a whole vector.
@@ -141,14 +149,15 @@ struct SoftmaxStat {
 };
 
 template <class T>
-SF_ALWAYS_INLINE SoftmaxStat softmax_stat(const T* row, int64_t size, float inverse_tau) {
-  OnlineSum total(inverse_tau);
+SF_ALWAYS_INLINE SoftmaxStat softmax_stat(const T* row, int64_t size, double tau) {
+  const Exp exp(tau);
+  OnlineSum total(1 / tau);
   const RowMax top =
       for_each_block_and_max(row, size, [&](int64_t, int64_t begin, int64_t end, float max) {
         Vec sum = set1(0);
         for_each_vec(begin, end, [&](int64_t v, auto lanes) {
-          const Vec x = (lanes.load(row + v, kLeast) - set1(max)) * set1(inverse_tau);
-          sum = sum + exp_nonpositive(x);
+          fetch_ahead(row + v);
+          sum = sum + exp(lanes.load(row + v, kLeast) - set1(max));
         });
         total.add(max, sum_lanes(sum));
       });

@@ -11,7 +11,7 @@ namespace {
 
 template <class T>
 RowStat row_stat(const T* row, int64_t vocab) {
-  const SoftmaxStat stat = softmax_stat(row, vocab, 1);
+  const SoftmaxStat stat = softmax_stat(row, vocab, 1.0);
   return {static_cast<float>(stat.top.value + ::log(stat.sum)),
           static_cast<int32_t>(stat.top.index)};
 }
