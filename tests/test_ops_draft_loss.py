@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ops_helpers import LossCase, assert_no_worse, loss_case
-from specforge_ext import ops
+from specforge_ext import _C, ops
 from specforge_ext.ops import DraftLoss, _matmul, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -169,14 +169,43 @@ def test_all_rows_of_weight_zero_and_no_rows() -> None:
             assert sums.shape == (7,) and not sums.any()
 
 
-def test_backward_scales_and_can_be_repeated() -> None:
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_backward_scales_and_can_be_repeated(scale: float) -> None:
+    """Whoever holds a gradient may change it in place; the next backward pass must not see that."""
     case = loss_case(9, 3, 65)
     _, hidden_grad, head_grad = run(case)
     out = ops.draft_loss(*case.inputs, **case.keywords)
-    for _ in range(2):
-        (3 * out.loss_sum).backward(retain_graph=True)
-    torch.testing.assert_close(case.hidden.grad, 6 * hidden_grad)
-    torch.testing.assert_close(case.head.grad, 6 * head_grad)
+    for last in (False, False, True):
+        (scale * out.loss_sum).backward(retain_graph=not last)
+        assert case.hidden.grad is not None and case.head.grad is not None
+        torch.testing.assert_close(case.hidden.grad, scale * hidden_grad)
+        torch.testing.assert_close(case.head.grad, scale * head_grad)
+        case.hidden.grad.mul_(-7)
+        case.head.grad.mul_(-7)
+        if not last:
+            case.hidden.grad = case.head.grad = None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.loss_sum.backward()
+
+
+def test_gradients_accumulate_over_micro_batches() -> None:
+    first, second = loss_case(9, 3, 65), loss_case(14, 5, 65, seed=1)
+    second = dataclasses.replace(second, head=first.head)
+    expected = run(first)[2] + run(second)[2] / 4
+    for case, scale in ((first, 1.0), (second, 0.25)):
+        (ops.draft_loss(*case.inputs, **case.keywords).loss_sum * scale).backward()
+    assert first.head.grad is not None
+    torch.testing.assert_close(first.head.grad, expected)
+
+
+def test_a_shared_head_gets_both_losses_of_one_graph() -> None:
+    """Two nodes of one graph, one of them scaled, end in one parameter."""
+    first, second = loss_case(9, 3, 65), loss_case(14, 5, 65, seed=1)
+    second = dataclasses.replace(second, head=first.head)
+    expected = run(first)[2] + 2 * run(second)[2]
+    losses = [ops.draft_loss(*c.inputs, **c.keywords).loss_sum for c in (first, second)]
+    (grad,) = torch.autograd.grad(losses[0] + 2 * losses[1], first.head)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -271,7 +300,7 @@ import sys
 sys.path.insert(0, "tests")
 import torch
 from ops_helpers import loss_case
-from specforge_ext import ops
+from specforge_ext import _C, ops
 torch.set_num_threads(1)
 def run(case):
     out = ops.draft_loss(*case.inputs, **case.keywords, workspace_bytes=4 << 20)
@@ -340,3 +369,22 @@ def test_a_workspace_too_small_is_refused() -> None:
         ops.teacher_stats(case.teacher_hidden, case.teacher_head, workspace_bytes=131)
     with pytest.raises(ValueError, match=r"teacher_stats: head must be \[33, 16\] float32"):
         ops.teacher_stats(case.teacher_hidden, torch.ones(33, 15))
+
+
+def test_huge_pages_are_only_advice() -> None:
+    for numel in (0, 1, 1000, 3 << 20):
+        tensor = torch.arange(numel)
+        _C.advise_huge_pages(tensor[1:])
+        assert torch.equal(tensor, torch.arange(numel))
+    with pytest.raises(ValueError, match=r"advise_huge_pages: tensor must be contiguous"):
+        _C.advise_huge_pages(torch.zeros(4, 4).t())
+
+
+def test_bf16_is_not_fast_without_the_instructions_for_it() -> None:
+    """As on a CPU that has none: `benchmarks/loss.py` and the float32 logits rest on this."""
+    try:
+        _C.set_isa("plain")
+        assert not _C.has_fast_bf16()
+        assert _matmul.logits_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32
+    finally:
+        _C.set_isa("auto")

@@ -9,18 +9,22 @@ vocabulary, L steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specforge_ext import _C
-from specforge_ext.ops._matmul import add_head_grad, hidden_grad_into, logits_dtype, logits_into
+from specforge_ext.ops._chunks import Chunk, cut, default_workspace_bytes
+from specforge_ext.ops._matmul import (
+    HeadGrad,
+    empty_buffer,
+    hidden_grad_into,
+    logits_dtype,
+    logits_into,
+)
 from specforge_ext.ops._native import check, stream_of
 from specforge_ext.ops.results import DraftLoss
-from specforge_ext.ops.teacher_stats import DEFAULT_WORKSPACE_BYTES
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -36,7 +40,7 @@ def draft_loss(
     row_weight: Tensor,
     row_step: Tensor,
     num_steps: int,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> DraftLoss:
     """Soft cross entropy of draft rows against the target restricted to the draft's vocabulary.
 
@@ -52,9 +56,11 @@ def draft_loss(
     row_weight: [N] float32; rows of weight 0 may hold anything, NaN too, and get a gradient of
         exactly 0.
     row_step: [N] int32 in [0, num_steps).
-    workspace_bytes: bound on the logits that exist at a time, students and teachers together.
+    workspace_bytes: bound on the logits that exist at a time, students and teachers together. None:
+        what the matrix products need for full speed: 384 float32 rows on the CPU, 2560 bf16 ones
+        on CUDA, whatever N is.
 
-    Beyond outputs and workspace it takes float32 [V, H] for the head's gradient when that is
+    Beyond outputs and workspace it may take float32 [V, H] for the head's gradient when that is
     bfloat16. On CUDA it synchronises once, to read row_to_teacher. Deterministic. Differentiable
     once. ValueError if a tensor does not fit, row_to_teacher falls or leaves [0, R), or a student
     row and its teacher do not fit the workspace. Formula and source: csrc/loss/soft_ce_rows.h.
@@ -76,6 +82,8 @@ def draft_loss(
         ("row_step", row_step, (num_rows,), (torch.int32,)),
     ):
         check("draft_loss", name, tensor, shape, *dtypes)
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace_bytes(hidden_NH.device, vocab=vocab)
     differentiates = torch.is_grad_enabled()
     loss_sum, sums_4L, _, _ = _draft_loss(
         hidden_NH,
@@ -95,31 +103,6 @@ def draft_loss(
     return DraftLoss(loss_sum, sums_4L[0], sums_4L[1], sums_4L[2], sums_4L[3])
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Rows [row, row_end), whose teachers lie in [teacher, teacher_end)."""
-
-    row: int
-    row_end: int
-    teacher: int
-    teacher_end: int
-
-
-def _chunks(
-    row_to_teacher: Tensor, *, row_bytes: int, teacher_bytes: int, workspace_bytes: int
-) -> Iterator[_Chunk]:
-    """The longest runs of rows whose logits, with those of their teachers, fit the workspace."""
-    teachers = row_to_teacher.to("cpu", torch.int64)
-    # Rows [a, b] need cost[b] - cost[a] + row_bytes + teacher_bytes.
-    cost = torch.arange(teachers.numel()) * row_bytes + teachers * teacher_bytes
-    spare = workspace_bytes - row_bytes - teacher_bytes
-    row = 0
-    while row < teachers.numel():
-        row_end = int(torch.searchsorted(cost, int(cost[row]) + spare, right=True))
-        yield _Chunk(row, row_end, int(teachers[row]), int(teachers[row_end - 1]) + 1)
-        row = row_end
-
-
 def _plan(
     row_to_teacher: Tensor,
     num_teachers: int,
@@ -127,7 +110,7 @@ def _plan(
     row_bytes: int,
     teacher_bytes: int,
     workspace_bytes: int,
-) -> list[_Chunk]:
+) -> list[Chunk]:
     """Checks the values of row_to_teacher (one copy to the host), then cuts it."""
     if workspace_bytes < row_bytes + teacher_bytes:
         raise ValueError(
@@ -147,13 +130,8 @@ def _plan(
             f"draft_loss: row_to_teacher must not fall, got {int(on_host[at - 1])} then "
             f"{int(on_host[at])} at row {at}"
         )
-    return list(
-        _chunks(
-            on_host,
-            row_bytes=row_bytes,
-            teacher_bytes=teacher_bytes,
-            workspace_bytes=workspace_bytes,
-        )
+    return cut(
+        on_host, row_bytes=row_bytes, teacher_bytes=teacher_bytes, workspace_bytes=workspace_bytes
     )
 
 
@@ -188,23 +166,17 @@ def _draft_loss(
     hidden_grad_NH = torch.empty_like(
         hidden_NH if wants_hidden_grad else hidden_NH[:0], memory_format=torch.contiguous_format
     )
-    head_grad_VH = head_VH.new_empty(
-        head_VH.shape if wants_head_grad else (0,), dtype=torch.float32
-    )
-    if not chunks:
-        head_grad_VH.zero_()
+    head_grad = HeadGrad(head_VH, num_chunks=len(chunks)) if wants_head_grad else None
     loss_N, accepted_N = (hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
-    most_rows = max((chunk.row_end - chunk.row for chunk in chunks), default=0)
-    most_teachers = max((chunk.teacher_end - chunk.teacher for chunk in chunks), default=0)
-    logits_CV = hidden_NH.new_empty((most_rows, vocab), dtype=dtype)
-    teacher_CV = hidden_NH.new_empty((most_teachers, vocab), dtype=teacher_dtype)
+    most_rows = max((chunk.num_rows for chunk in chunks), default=0)
+    most_teachers = max((chunk.num_teachers for chunk in chunks), default=0)
+    logits_CV = empty_buffer(hidden_NH, (most_rows, vocab), dtype)
+    teacher_CV = empty_buffer(hidden_NH, (most_teachers, vocab), teacher_dtype)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         for chunk in chunks:
-            rows = slice(chunk.row, chunk.row_end)
-            teachers = slice(chunk.teacher, chunk.teacher_end)
-            logits = logits_CV[: rows.stop - rows.start]
-            teacher = teacher_CV[: teachers.stop - teachers.start]
+            rows, teachers = chunk.rows, chunk.teachers
+            logits, teacher = logits_CV[: chunk.num_rows], teacher_CV[: chunk.num_teachers]
             weight = row_weight_N[rows]
             # 0 * NaN is NaN: a row of weight 0 must not reach the product of the head's gradient.
             hidden = hidden_NH[rows].masked_fill(weight[:, None] == 0, 0)
@@ -223,14 +195,15 @@ def _draft_loss(
             )
             if wants_hidden_grad:
                 hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
-            if wants_head_grad:
-                add_head_grad(head_grad_VH, logits, hidden, overwrites=chunk is chunks[0])
+            if head_grad:
+                head_grad.add(logits, hidden)
     sums_5L = hidden_NH.new_empty((5, num_steps), dtype=torch.float64)
     _C.step_sums(
         loss_N, accepted_N, correct_N, row_weight_N, row_step_N, sums_5L, stream_of(loss_N)
     )
     loss_sum = sums_5L[4].sum().float()
-    return loss_sum, sums_5L[:4].clone(), hidden_grad_NH, head_grad_VH.to(head_VH.dtype)
+    head_grad_VH = head_grad.result() if head_grad else head_VH.new_empty(0)
+    return loss_sum, sums_5L[:4].clone(), hidden_grad_NH, head_grad_VH
 
 
 @_draft_loss.register_fake
@@ -259,19 +232,32 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.wants = inputs[-2:]
     ctx.save_for_backward(*output[2:])
+    # Or every backward would fill zeros of the size of the gradients, for outputs nobody uses.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Scales into new memory: the saved gradients must survive a second backward pass."""
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph: its result would lack the terms of this op
         raise RuntimeError("draft_loss: second derivatives are not available (create_graph=True)")
-    hidden_grad_NH, head_grad_VH = ctx.saved_tensors
-    wants_hidden, wants_head = ctx.wants
-    return (
-        hidden_grad_NH * grad_loss if wants_hidden else None,
-        head_grad_VH * grad_loss if wants_head else None,
-        *(None for _ in range(10)),
-    )
+    grads: list[Tensor | None] = [None, None]
+    if grad_loss is not None:
+        for k, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
+            grads[k] = _scaled(saved, grad_loss) if wanted else None
+    return (*grads, *(None for _ in range(10)))
+
+
+def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
+    """saved * grad_loss, in the memory of `saved` where no later backward can want it.
+
+    The head's gradient is the largest tensor of a step: a copy costs page faults and memory. With
+    retain_graph, and while a compiler traces (a subclass of Tensor), it is a copy nevertheless.
+    """
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+    if keeps or type(grad_loss) is not Tensor:
+        return saved * grad_loss
+    if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+        return saved
+    return saved.mul_(grad_loss)
 
 
 _draft_loss.register_autograd(_backward, setup_context=_save)
