@@ -1,3 +1,4 @@
+#include <optional>
 #include <span>
 
 #include "bindings.h"
@@ -6,8 +7,8 @@
 #include "core/crc32c.h"
 #include "core/huge_pages.h"
 #include "core/isa.h"
+#include "loss/loss_rows.h"
 #include "loss/row_stats.h"
-#include "loss/soft_ce_rows.h"
 #include "loss/step_sums.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
@@ -34,6 +35,35 @@ std::vector<PackSource> sources_of(const Views& ids, const Views& masks,
   return out;
 }
 
+using MaybeView = std::optional<TensorView>;
+
+// A tensor of rank 0 would pass for an absent one.
+TensorView view_or_absent(const char* op, const char* name, const MaybeView& maybe) {
+  if (!maybe) return {};
+  if (maybe->rank == 0) {
+    fail_argument(op, std::string(name) + " must have a dimension", maybe->str());
+  }
+  return *maybe;
+}
+
+LossKind loss_kind_of(const std::string& name) {
+  constexpr std::pair<const char*, LossKind> kKinds[] = {
+      {"hard_ce", LossKind::kHardCe},
+      {"soft_ce", LossKind::kSoftCe},
+      {"reverse_kl", LossKind::kReverseKl},
+      {"jsd", LossKind::kJsd},
+      {"l1", LossKind::kL1},
+      {"lk_alpha", LossKind::kLkAlpha},
+      {"lk_lambda", LossKind::kLkLambda},
+  };
+  std::string known;
+  for (const auto& [other, kind] : kKinds) {
+    if (name == other) return kind;
+    known += (known.empty() ? "" : ", ") + std::string(other);
+  }
+  fail_argument("loss_rows", "kind must be one of " + known, name);
+}
+
 void bind_loss(py::module_& m) {
   m.def(
       "row_stats",
@@ -41,26 +71,40 @@ void bind_loss(py::module_& m) {
          uintptr_t stream) { row_stats(logits, lse, argmax, stream_of(stream)); },
       py::arg("logits"), py::arg("lse"), py::arg("argmax"), py::arg("stream") = 0, NoGil());
   m.def(
-      "soft_ce_rows",
-      [](const TensorView& logits, const TensorView& teacher, const TensorView& row_to_teacher,
-         const TensorView& weight, const TensorView& teacher_lse, const TensorView& loss,
-         const TensorView& accepted, const TensorView& correct, uintptr_t stream) {
-        soft_ce_rows(
-            {logits, teacher, row_to_teacher, weight, teacher_lse, loss, accepted, correct},
-            stream_of(stream));
+      "loss_rows",
+      [](const TensorView& logits, const MaybeView& teacher, const TensorView& row_to_teacher,
+         const TensorView& weight, const TensorView& loss, const TensorView& accepted,
+         const TensorView& correct, const TensorView& top_prob, const TensorView& entropy,
+         const std::string& kind, float temperature, float beta, float hard_weight,
+         bool writes_gradient, const MaybeView& teacher_lse, const MaybeView& teacher_argmax,
+         const MaybeView& label, const MaybeView& kl_weight, uintptr_t stream) {
+        const auto view = [](const char* name, const MaybeView& maybe) {
+          return view_or_absent("loss_rows", name, maybe);
+        };
+        loss_rows({logits, view("teacher", teacher), row_to_teacher, weight,
+                   view("teacher_lse", teacher_lse), view("teacher_argmax", teacher_argmax),
+                   view("label", label), view("kl_weight", kl_weight), loss, accepted, correct,
+                   top_prob, entropy},
+                  {loss_kind_of(kind), temperature, beta, hard_weight, writes_gradient},
+                  stream_of(stream));
       },
       py::arg("logits"), py::arg("teacher"), py::arg("row_to_teacher"), py::arg("weight"),
-      py::arg("teacher_lse"), py::arg("loss"), py::arg("accepted"), py::arg("correct"),
-      py::arg("stream") = 0, NoGil());
+      py::arg("loss"), py::arg("accepted"), py::arg("correct"), py::arg("top_prob"),
+      py::arg("entropy"), py::kw_only(), py::arg("kind"), py::arg("temperature"), py::arg("beta"),
+      py::arg("hard_weight"), py::arg("writes_gradient"), py::arg("teacher_lse") = py::none(),
+      py::arg("teacher_argmax") = py::none(), py::arg("label") = py::none(),
+      py::arg("kl_weight") = py::none(), py::arg("stream") = 0, NoGil());
   m.def(
       "step_sums",
       [](const TensorView& loss, const TensorView& accepted, const TensorView& correct,
-         const TensorView& weight, const TensorView& step, const TensorView& sums,
-         uintptr_t stream) {
-        step_sums({loss, accepted, correct, weight, step, sums}, stream_of(stream));
+         const TensorView& top_prob, const TensorView& entropy, const TensorView& weight,
+         const TensorView& step, const TensorView& sums, uintptr_t stream) {
+        step_sums({loss, accepted, correct, top_prob, entropy, weight, step, sums},
+                  stream_of(stream));
       },
-      py::arg("loss"), py::arg("accepted"), py::arg("correct"), py::arg("weight"), py::arg("step"),
-      py::arg("sums"), py::arg("stream") = 0, NoGil());
+      py::arg("loss"), py::arg("accepted"), py::arg("correct"), py::arg("top_prob"),
+      py::arg("entropy"), py::arg("weight"), py::arg("step"), py::arg("sums"),
+      py::arg("stream") = 0, NoGil());
 }
 
 void bind_pack(py::module_& m) {

@@ -29,7 +29,7 @@ def test_a_cmake_project_finds_and_links_the_core(tmp_path: Path) -> None:
     command("cmake", "--build", build)
     command("cmake", "--install", build, "--prefix", prefix, "--component", "core")
     installed = sorted(path.relative_to(prefix) for path in prefix.rglob("*.h"))
-    assert Path("include/specforge_ext/loss/soft_ce_rows.h") in installed
+    assert Path("include/specforge_ext/loss/loss_rows.h") in installed
     command("cmake", "-S", CONSUMER, "-B", consumer, *generator, f"-DCMAKE_PREFIX_PATH={prefix}")
     command("cmake", "--build", consumer)
     assert "got [3] f32" in command(consumer / "consumer")

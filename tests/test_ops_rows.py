@@ -68,7 +68,7 @@ def test_exponentials_stay_within_two_ulp(isa: str) -> None:
     x = -torch.linspace(0, 87, 20011)
     logits = torch.stack([torch.zeros_like(x), x], dim=1).contiguous()
     teacher = torch.tensor([[0.0, -1e4]])  # p = (1, 0) exactly
-    out = ops.soft_ce_rows_(
+    out = ops.loss_rows_(
         logits,
         teacher,
         row_to_teacher=torch.zeros(len(x), dtype=torch.int32),
@@ -101,23 +101,22 @@ def soft_ce_inputs(
 
 
 def check_soft_ce(inputs: dict[str, Tensor]) -> None:
-    def define(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return reference.soft_ce_rows(
+    def define(dtype: torch.dtype) -> reference.LossRows:
+        return reference.loss_rows(
             inputs["logits"].to(dtype),
             inputs["teacher"].to(dtype),
-            inputs["row_to_teacher"],
-            inputs["weight"].to(dtype),
-            inputs["teacher_lse"].to(dtype),
+            row_to_teacher=inputs["row_to_teacher"],
+            weight=inputs["weight"].to(dtype),
+            teacher_lse=inputs["teacher_lse"].to(dtype),
         )
 
-    loss, accepted, correct, gradient = define(torch.float64)
-    base = define(torch.float32)
+    want, base = define(torch.float64), define(torch.float32)
     logits = inputs["logits"].clone()
-    out = ops.soft_ce_rows_(logits, **{k: v for k, v in inputs.items() if k != "logits"})
-    assert_no_worse(out.loss, loss, base[0], slack=5e-7)
-    assert_no_worse(out.accepted, accepted, base[1], slack=5e-7)
-    assert torch.equal(out.correct, correct)
-    assert_no_worse(logits, gradient, base[3].to(logits.dtype), slack=5e-7)
+    out = ops.loss_rows_(logits, **{k: v for k, v in inputs.items() if k != "logits"})
+    assert_no_worse(out.loss, want.loss, base.loss, slack=5e-7)
+    assert_no_worse(out.accepted, want.accepted, base.accepted, slack=5e-7)
+    assert torch.equal(out.correct, want.correct)
+    assert_no_worse(logits, want.gradient, base.gradient.to(logits.dtype), slack=5e-7)
     assert not logits[inputs["weight"] == 0].any()
 
 
@@ -183,7 +182,7 @@ def test_all_rows_of_weight_zero(isa: str) -> None:
 
 def test_gradient_of_a_row_sums_to_zero(isa: str) -> None:
     inputs = soft_ce_inputs(9, 3, 5003, torch.float32, torch.float32)
-    ops.soft_ce_rows_(**inputs)
+    ops.loss_rows_(**inputs)
     assert float(inputs["logits"].double().sum(dim=-1).abs().max()) < 1e-6
 
 
@@ -195,7 +194,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa: str, dtype: torch.dtyp
         torch.set_num_threads(threads)
         inputs = soft_ce_inputs(37, 5, 3001, dtype, dtype)
         lse, argmax = ops.row_stats(inputs["logits"])
-        out = ops.soft_ce_rows_(**inputs)
+        out = ops.loss_rows_(**inputs)
         results.append((lse, argmax, out.loss, out.accepted, out.correct, inputs["logits"]))
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -207,22 +206,23 @@ def test_a_row_depends_on_nothing_but_itself(isa: str) -> None:
     alone = {**inputs, "logits": inputs["logits"][6:7].clone()}
     for name in ("row_to_teacher", "weight"):
         alone[name] = inputs[name][6:7].clone()
-    together, single = ops.soft_ce_rows_(**inputs), ops.soft_ce_rows_(**alone)
+    together, single = ops.loss_rows_(**inputs), ops.loss_rows_(**alone)
     assert torch.equal(together.loss[6:7], single.loss)
     assert torch.equal(inputs["logits"][6:7], alone["logits"])
 
 
 def test_step_sums_follow_the_definition() -> None:
     generator = torch.Generator().manual_seed(0)
-    loss, accepted = torch.rand(2, 101, generator=generator).unbind()
+    loss, accepted, top_prob, entropy = torch.rand(4, 101, generator=generator).unbind()
     correct = torch.randint(0, 2, (101,), generator=generator, dtype=torch.uint8)
     weight = torch.randn(101, generator=generator)
     weight[::3] = 0
     loss[::3] = float("nan")
     step = torch.randint(0, 6, (101,), generator=generator, dtype=torch.int32)
-    sums = torch.full((5, 7), float("nan"), dtype=torch.float64)  # overwritten, not added to
-    _C.step_sums(loss, accepted, correct, weight, step, sums)
-    want = reference.step_sums(loss, accepted, correct, weight, step, 7)
+    sums = torch.full((7, 7), float("nan"), dtype=torch.float64)  # overwritten, not added to
+    rows = (loss, accepted, correct, top_prob, entropy, weight, step)
+    _C.step_sums(*rows, sums)
+    want = reference.step_sums(*rows, 7)
     torch.testing.assert_close(sums, want, rtol=1e-12, atol=1e-12)
     assert not sums[:, 6].any()
 
@@ -230,18 +230,19 @@ def test_step_sums_follow_the_definition() -> None:
 def test_ops_pass_torch_opcheck() -> None:
     inputs = soft_ce_inputs(5, 2, 33, torch.float32, torch.float32)
     torch.library.opcheck(torch.ops.specforge_ext.row_stats.default, (inputs["logits"],))
-    torch.library.opcheck(torch.ops.specforge_ext.soft_ce_rows_.default, tuple(inputs.values()))
+    arguments = (*inputs.values(), None, None, None, "soft_ce", 1.0, 0.5, 0.0, True)
+    torch.library.opcheck(torch.ops.specforge_ext.loss_rows_.default, arguments)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
-        ("weight", torch.ones(5), r"soft_ce_rows: weight must be \[rows=4\] f32, got \[5\] f32"),
-        ("weight", torch.ones(4).double(), r"soft_ce_rows: weight must be f32, got \[4\] f64"),
+        ("weight", torch.ones(5), r"loss_rows: weight must be \[rows=4\] f32, got \[5\] f32"),
+        ("weight", torch.ones(4).double(), r"loss_rows: weight must be f32, got \[4\] f64"),
         (
             "teacher",
             torch.ones(2, 8),
-            r"teacher must be \[teacher_rows, vocab=9\] f32 or bf16, got \[2, 8\] f32",
+            "loss_rows: teacher must have at least as many columns as logits, got 8",
         ),
         (
             "teacher",
@@ -253,7 +254,7 @@ def test_ops_pass_torch_opcheck() -> None:
             torch.tensor([0, 0, 1, 2], dtype=torch.int32),
             r"row_to_teacher must be in \[0, 2\), got 2 at row 3",
         ),
-        ("logits", torch.ones(4, 0), r"teacher must be \[teacher_rows, vocab=0\]"),
+        ("logits", torch.ones(4, 0), r"the vocabulary must be in \[1, 2\^31\), got 0"),
         ("logits", torch.ones(4, 9, dtype=torch.complex64), "complex64 is not supported"),
         ("logits", torch.ones(4, 9, device="meta"), "must be on cpu or cuda, got meta"),
     ],
@@ -266,9 +267,18 @@ def test_soft_ce_names_what_does_not_fit(name: str, value: Tensor, match: str) -
         "weight": torch.ones(4),
         "teacher_lse": torch.ones(2),
     }
-    out = (torch.empty(4), torch.empty(4), torch.empty(4, dtype=torch.uint8))
+    results = {name: torch.empty(4) for name in ("loss", "accepted", "top_prob", "entropy")}
     with pytest.raises(ValueError, match=match):
-        _C.soft_ce_rows(*{**inputs, name: value}.values(), *out)
+        _C.loss_rows(
+            **{**inputs, name: value},
+            **results,
+            correct=torch.empty(4, dtype=torch.uint8),
+            kind="soft_ce",
+            temperature=1.0,
+            beta=0.5,
+            hard_weight=0.0,
+            writes_gradient=True,
+        )
 
 
 def test_other_messages_name_what_does_not_fit() -> None:
@@ -285,8 +295,10 @@ def test_other_messages_name_what_does_not_fit() -> None:
             ones,
             torch.ones(2, dtype=torch.uint8),
             ones,
+            ones,
+            ones,
             torch.tensor([0, 3], dtype=torch.int32),
-            torch.empty(5, 3, dtype=torch.float64),
+            torch.empty(7, 3, dtype=torch.float64),
         )
     with pytest.raises(ValueError, match=r"set_isa: wanted one of auto, plain.*, got neon"):
         _C.set_isa("neon")

@@ -1,11 +1,11 @@
 // One-line contracts of an op's arguments, with dimensions that are named once.
 //
 //   Dim rows{"rows"}, vocab{"vocab"};
-//   expect("soft_ce_rows", "logits", logits).dtype({kF32, kBF16}).shape({&rows,
-//   &vocab}).contiguous(); expect("soft_ce_rows", "weight", weight).dtype({kF32}).shape({&rows});
+//   expect("loss_rows", "logits", logits).dtype({kF32, kBF16}).shape({&rows, &vocab}).contiguous();
+//   expect("loss_rows", "weight", weight).dtype({kF32}).shape({&rows});
 //
 // A Dim binds at its first use; a later tensor that differs is refused:
-//   soft_ce_rows: weight must be [rows=4] f32, got [5] f32
+//   loss_rows: weight must be [rows=4] f32, got [5] f32
 // Give the dtype first: the sentence about the shape then names it too.
 #pragma once
 

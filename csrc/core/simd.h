@@ -23,6 +23,8 @@
 namespace sf {
 namespace {
 
+inline constexpr int32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+
 #if defined(__AVX512F__)
 
 struct Vec {
@@ -51,10 +53,22 @@ SF_ALWAYS_INLINE uint32_t equal_mask(Vec a, Vec b) {
 SF_ALWAYS_INLINE Vec zero_below(Vec value, Vec x, float low) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(low), _CMP_GE_OQ), value.v)};
 }
-// 2^n for integral n in [-126, 127].
-SF_ALWAYS_INLINE Vec exp2i(Vec n) {
-  const __m512i k = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(k, 23))};
+// x where a < b, else 0.
+SF_ALWAYS_INLINE Vec keep_less(Vec x, Vec a, Vec b) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+SF_ALWAYS_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// y 2^n, where the lowest nine bits of n_bits hold n; both y and the result normal.
+SF_ALWAYS_INLINE Vec times_exp2(Vec y, Vec n_bits) {
+  const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(n_bits.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y.v), shifted))};
+}
+// n and f with x = 2^n f, sqrt(1/2) <= f < sqrt(2), for normal x > 0.
+SF_ALWAYS_INLINE Vec split_exponent(Vec x, Vec* f) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i n = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(kSqrtHalf)), 23);
+  f->v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
+  return {_mm512_cvtepi32_ps(n)};
 }
 SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -92,9 +106,19 @@ SF_ALWAYS_INLINE uint32_t equal_mask(Vec a, Vec b) {
 SF_ALWAYS_INLINE Vec zero_below(Vec value, Vec x, float low) {
   return {_mm256_and_ps(value.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(low), _CMP_GE_OQ))};
 }
-SF_ALWAYS_INLINE Vec exp2i(Vec n) {
-  const __m256i k = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(k, 23))};
+SF_ALWAYS_INLINE Vec keep_less(Vec x, Vec a, Vec b) {
+  return {_mm256_and_ps(x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+SF_ALWAYS_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+SF_ALWAYS_INLINE Vec times_exp2(Vec y, Vec n_bits) {
+  const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n_bits.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y.v), shifted))};
+}
+SF_ALWAYS_INLINE Vec split_exponent(Vec x, Vec* f) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i n = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(kSqrtHalf)), 23);
+  f->v = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(n, 23)));
+  return {_mm256_cvtepi32_ps(n)};
 }
 SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -113,6 +137,7 @@ SF_ALWAYS_INLINE void store(bf16* p, Vec a) {
 // The compiler's own vectors, which it maps to those of the target (SSE2, NEON), or to scalars.
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef uint32_t Uint4 __attribute__((vector_size(16)));
 
 struct Vec {
   static constexpr int kWidth = 4;
@@ -146,8 +171,19 @@ SF_ALWAYS_INLINE uint32_t equal_mask(Vec a, Vec b) {
 SF_ALWAYS_INLINE Vec zero_below(Vec value, Vec x, float low) {
   return {x.v >= low ? value.v : Float4{}};
 }
-SF_ALWAYS_INLINE Vec exp2i(Vec n) {
-  return {std::bit_cast<Float4>((__builtin_convertvector(n.v, Int4) + 127) << 23)};
+SF_ALWAYS_INLINE Vec keep_less(Vec x, Vec a, Vec b) { return {a.v < b.v ? x.v : Float4{}}; }
+SF_ALWAYS_INLINE Vec abs(Vec a) {
+  return {std::bit_cast<Float4>(std::bit_cast<Int4>(a.v) & 0x7fffffff)};
+}
+SF_ALWAYS_INLINE Vec times_exp2(Vec y, Vec n_bits) {
+  const Uint4 shifted = std::bit_cast<Uint4>(n_bits.v) << 23;  // unsigned: wraps without complaint
+  return {std::bit_cast<Float4>(std::bit_cast<Uint4>(y.v) + shifted)};
+}
+SF_ALWAYS_INLINE Vec split_exponent(Vec x, Vec* f) {
+  const Int4 bits = std::bit_cast<Int4>(x.v);
+  const Int4 n = (bits - kSqrtHalf) >> 23;
+  f->v = std::bit_cast<Float4>(bits - (n << 23));
+  return {__builtin_convertvector(n, Float4)};
 }
 
 #endif
@@ -183,24 +219,42 @@ SF_ALWAYS_INLINE double sum_lanes(Vec a) {
   return sum;
 }
 
+inline constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;  // n kLn2Hi is exact
+
 // e^x for x <= 0, within 2 ulp; 0 where e^x is not a normal float. x = n ln 2 + r with |r| <= ln(2)
-// / 2, then a Taylor polynomial of degree 7, whose remainder r^8 / 8! is below 6e-9. ln 2 is split
-// so that the product of n with its first part is exact.
+// / 2, then the polynomial of degree 6 whose largest relative error, 3.1e-9, is least.
 SF_ALWAYS_INLINE Vec exp_nonpositive(Vec x) {
-  constexpr float kLog2E = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-  constexpr float kLowest = -87.3f;
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kLowest = -87.3f;      // below it the lanes hold garbage, which is cleared
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
-  const Vec clamped = max(x, set1(kLowest));
-  const Vec n = fma(clamped, set1(kLog2E), set1(kRound)) - set1(kRound);
-  const Vec r = fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), clamped));
-  Vec y = fma(set1(1.0f / 5040), r, set1(1.0f / 720));
-  y = fma(y, r, set1(1.0f / 120));
-  y = fma(y, r, set1(1.0f / 24));
-  y = fma(y, r, set1(1.0f / 6));
-  y = fma(y, r, set1(0.5f));
+  const Vec n_bits = fma(x, set1(kLog2E), set1(kRound));
+  const Vec n = n_bits - set1(kRound);
+  const Vec r = fma(n, set1(-kLn2Lo), fma(n, set1(-kLn2Hi), x));
+  Vec y = fma(set1(1.381454007e-3f), r, set1(8.368745108e-3f));
+  y = fma(y, r, set1(4.166839079e-2f));
+  y = fma(y, r, set1(1.666652040e-1f));
+  y = fma(y, r, set1(4.999999343e-1f));
   y = fma(y, r, set1(1.0f));
   y = fma(y, r, set1(1.0f));
-  return zero_below(y * exp2i(n), x, kLowest);
+  return zero_below(times_exp2(y, n_bits), x, kLowest);
+}
+
+// log x for normal x > 0, within 2 ulp, or 1e-7 near x = 1. x = 2^n (1 + r), then log(1 + r) = r -
+// r^2 / 2 + r^3 P(r) with the P of degree 7 whose largest relative error, 5.8e-9, is least.
+SF_ALWAYS_INLINE Vec log_positive(Vec x) {
+  Vec f;
+  const Vec n = split_exponent(x, &f);
+  const Vec r = f - set1(1.0f);
+  Vec p = fma(set1(-7.634499325e-2f), r, set1(1.276157816e-1f));
+  p = fma(p, r, set1(-1.316018186e-1f));
+  p = fma(p, r, set1(1.420175781e-1f));
+  p = fma(p, r, set1(-1.662335738e-1f));
+  p = fma(p, r, set1(2.000122689e-1f));
+  p = fma(p, r, set1(-2.500082103e-1f));
+  p = fma(p, r, set1(3.333333171e-1f));
+  p = fma(p, r, set1(-0.5f));
+  const Vec small = fma(p * r, r, n * set1(kLn2Lo));
+  return fma(n, set1(kLn2Hi), r + small);
 }
 
 }  // namespace

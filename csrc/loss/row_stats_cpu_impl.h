@@ -11,10 +11,9 @@ namespace {
 
 template <class T>
 RowStat row_stat(const T* row, int64_t vocab) {
-  const RowMax top = row_max(row, vocab);
-  const double sum =
-      sum_exp(row, vocab, top.value, [](int64_t, Vec) {}, [](int64_t, int64_t, Vec) {});
-  return {static_cast<float>(top.value + ::log(sum)), static_cast<int32_t>(top.index)};
+  const SoftmaxStat stat = softmax_stat(row, vocab, 1);
+  return {static_cast<float>(stat.top.value + ::log(stat.sum)),
+          static_cast<int32_t>(stat.top.index)};
 }
 
 constexpr RowStatsKernels kKernels{row_stat<float>, row_stat<bf16>};

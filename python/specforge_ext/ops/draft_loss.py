@@ -63,7 +63,7 @@ def draft_loss(
     Beyond outputs and workspace it may take float32 [V, H] for the head's gradient when that is
     bfloat16. On CUDA it synchronises once, to read row_to_teacher. Deterministic. Differentiable
     once. ValueError if a tensor does not fit, row_to_teacher falls or leaves [0, R), or a student
-    row and its teacher do not fit the workspace. Formula and source: csrc/loss/soft_ce_rows.h.
+    row and its teacher do not fit the workspace. Formula and source: csrc/loss/loss_rows.h.
     """
     if torch.is_autocast_enabled(hidden_NH.device.type):
         dtype = torch.get_autocast_dtype(hidden_NH.device.type)
@@ -167,7 +167,9 @@ def _draft_loss(
         hidden_NH if wants_hidden_grad else hidden_NH[:0], memory_format=torch.contiguous_format
     )
     head_grad = HeadGrad(head_VH, num_chunks=len(chunks)) if wants_head_grad else None
-    loss_N, accepted_N = (hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    loss_N, accepted_N, top_prob_N, entropy_N = (
+        hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(4)
+    )
     correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
     most_rows = max((chunk.num_rows for chunk in chunks), default=0)
     most_teachers = max((chunk.num_teachers for chunk in chunks), default=0)
@@ -182,28 +184,43 @@ def _draft_loss(
             hidden = hidden_NH[rows].masked_fill(weight[:, None] == 0, 0)
             logits_into(logits, hidden, head_VH)
             logits_into(teacher, teacher_hidden_RG[teachers], teacher_head_VG)
-            _C.soft_ce_rows(
+            _C.loss_rows(
                 logits,
                 teacher,
                 row_to_teacher_N[rows] - chunk.teacher,
                 weight,
-                teacher_lse_R[teachers],
                 loss_N[rows],
                 accepted_N[rows],
                 correct_N[rows],
-                stream_of(logits),
+                top_prob_N[rows],
+                entropy_N[rows],
+                kind="soft_ce",
+                temperature=1.0,
+                beta=0.5,
+                hard_weight=0.0,
+                writes_gradient=True,
+                teacher_lse=teacher_lse_R[teachers],
+                stream=stream_of(logits),
             )
             if wants_hidden_grad:
                 hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
             if head_grad:
                 head_grad.add(logits, hidden)
-    sums_5L = hidden_NH.new_empty((5, num_steps), dtype=torch.float64)
+    sums_7L = hidden_NH.new_empty((7, num_steps), dtype=torch.float64)
     _C.step_sums(
-        loss_N, accepted_N, correct_N, row_weight_N, row_step_N, sums_5L, stream_of(loss_N)
+        loss_N,
+        accepted_N,
+        correct_N,
+        top_prob_N,
+        entropy_N,
+        row_weight_N,
+        row_step_N,
+        sums_7L,
+        stream_of(loss_N),
     )
-    loss_sum = sums_5L[4].sum().float()
+    loss_sum = sums_7L[4].sum().float()
     head_grad_VH = head_grad.result() if head_grad else head_VH.new_empty(0)
-    return loss_sum, sums_5L[:4].clone(), hidden_grad_NH, head_grad_VH
+    return loss_sum, sums_7L[:4].clone(), hidden_grad_NH, head_grad_VH
 
 
 @_draft_loss.register_fake

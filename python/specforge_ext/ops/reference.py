@@ -8,12 +8,13 @@ said), H width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from specforge_ext.ops.results import DraftLoss, TttMaps
+from specforge_ext.ops.results import DraftLoss, RowLoss, TttMaps
 
 
 def row_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,34 +28,174 @@ def lowest_argmax(logits_NV: Tensor) -> Tensor:
     return is_max.to(torch.uint8).argmax(dim=-1).to(torch.int32)
 
 
-def soft_ce_rows(
-    logits_NV: Tensor,
-    teacher_RV: Tensor,
-    row_to_teacher_N: Tensor,
-    weight_N: Tensor,
-    teacher_lse_R: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], accepted [N], correct [N] uint8, d sum(weight * loss) / d logits [N, V]).
+@dataclass(frozen=True)
+class LossRows:
+    """What `loss_rows` defines: the results of [N], and gradient [N, V] = d sum(weight loss)."""
 
-    loss = lse(z) - sum p z with p = softmax(teacher) over V; accepted = sum min(pt, softmax(z))
-    with pt = exp(teacher - teacher_lse), teacher_lse the normaliser over the full vocabulary. A row
-    of weight 0 contributes exact zeros, whatever it or its teacher holds.
+    loss: Tensor
+    accepted: Tensor
+    correct: Tensor
+    top_prob: Tensor
+    entropy: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One side of a comparison, per row: log q, q, log p, p, pt [N, V]; y, w [N, 1]; beta."""
+
+    log_q: Tensor
+    q: Tensor
+    log_p: Tensor
+    p: Tensor
+    pt: Tensor
+    onehot: Tensor
+    w: Tensor
+    beta: float
+
+
+def _times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value where 0 * inf is 0."""
+    return torch.where(weight == 0, torch.zeros_like(value), weight * value)
+
+
+def _centred(q: Tensor, s: Tensor) -> Tensor:
+    """q (s - sum q s)"""
+    return _times(q, s - _times(q, s).sum(dim=-1, keepdim=True))
+
+
+def _hard(row: _Row) -> tuple[Tensor, Tensor]:
+    return -(row.onehot * row.log_q).sum(dim=-1), row.q - row.onehot
+
+
+def _soft(row: _Row) -> tuple[Tensor, Tensor]:
+    return -_times(row.p, row.log_q).sum(dim=-1), row.q - row.p
+
+
+def _reverse_kl(row: _Row) -> tuple[Tensor, Tensor]:
+    s = row.log_q - row.log_p
+    return _times(row.q, s).sum(dim=-1), _centred(row.q, s)
+
+
+def _jsd(row: _Row) -> tuple[Tensor, Tensor]:
+    log_m = torch.log(row.beta * row.p + (1 - row.beta) * row.q)
+    s = row.log_q - log_m
+    from_p = _times(row.p, row.log_p - log_m).sum(dim=-1)
+    from_q = _times(row.q, s).sum(dim=-1)
+    gradient = (1 - row.beta) * _centred(row.q, s)
+    return row.beta * from_p + (1 - row.beta) * from_q, gradient
+
+
+def _l1(row: _Row) -> tuple[Tensor, Tensor]:
+    difference = row.q - row.p
+    return difference.abs().sum(dim=-1), _centred(row.q, torch.sign(difference))
+
+
+def _overlap(row: _Row) -> Tensor:
+    return torch.minimum(row.pt, row.q).sum(dim=-1)
+
+
+def _lk_alpha(row: _Row) -> tuple[Tensor, Tensor]:
+    a = _overlap(row)
+    is_zero = a < torch.finfo(torch.float32).tiny
+    safe = a.masked_fill(is_zero, 1)
+    gradient = -_centred(row.q, (row.q < row.pt).to(row.q.dtype)) / safe[:, None]
+    return -torch.log(safe), gradient.masked_fill(is_zero[:, None], 0)
+
+
+def _lk_lambda(row: _Row) -> tuple[Tensor, Tensor]:
+    kl, kl_gradient = _soft(row)
+    w = row.w
+    gradient = w * kl_gradient - (1 - w) * _centred(row.q, (row.q < row.pt).to(row.q.dtype))
+    return w[:, 0] * kl + (1 - w[:, 0]) * (1 - _overlap(row)), gradient
+
+
+_KINDS = {
+    "hard_ce": _hard,
+    "soft_ce": _soft,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "l1": _l1,
+    "lk_alpha": _lk_alpha,
+    "lk_lambda": _lk_lambda,
+}
+
+
+def loss_rows(
+    logits_NV: Tensor,
+    teacher_RW: Tensor | None,
+    *,
+    loss: RowLoss | str = "soft_ce",
+    row_to_teacher: Tensor,
+    weight: Tensor,
+    teacher_lse: Tensor | None = None,
+    teacher_argmax: Tensor | None = None,
+    label: Tensor | None = None,
+    kl_weight: Tensor | None = None,
+) -> LossRows:
+    """`ops.loss_rows_` out of place: csrc/loss/loss_rows.h, line by line.
+
+    The loss is differentiable by torch; `gradient` is the header's formula. A row of weight 0
+    contributes exact zeros, whatever it or its teacher holds.
     """
-    scored_N = weight_N != 0
-    index_N = row_to_teacher_N.long()
+    spec = RowLoss(loss) if isinstance(loss, str) else loss
+    vocab, dtype = logits_NV.shape[1], logits_NV.dtype
+    scored_N = weight != 0
+    index_N = row_to_teacher.long()
+
+    def of_rows(side_R: Tensor) -> Tensor:
+        side_N = side_R[index_N]
+        return side_N.masked_fill(~scored_N if side_N.ndim == 1 else ~scored_N[:, None], 0)
+
     z_NV = logits_NV.masked_fill(~scored_N[:, None], 0)
-    t_NV = teacher_RV[index_N].masked_fill(~scored_N[:, None], 0)
-    lse_N = teacher_lse_R[index_N].masked_fill(~scored_N, 0)
-    q_NV, p_NV = torch.softmax(z_NV, dim=-1), torch.softmax(t_NV, dim=-1)
-    loss_N = -(p_NV * torch.log_softmax(z_NV, dim=-1)).sum(dim=-1)
-    accepted_N = torch.minimum(torch.exp(t_NV - lse_N[:, None]), q_NV).sum(dim=-1)
-    correct_N = (lowest_argmax(z_NV) == lowest_argmax(t_NV)) & scored_N
-    gradient_NV = weight_N[:, None] * (q_NV - p_NV)
-    return (
-        loss_N.masked_fill(~scored_N, 0),
-        accepted_N.masked_fill(~scored_N, 0),
-        correct_N.to(torch.uint8),
-        gradient_NV.masked_fill(~scored_N[:, None], 0),
+    scaled_NV = z_NV / spec.temperature
+    t_NW = z_NV.detach() if teacher_RW is None else of_rows(teacher_RW)
+    scaled_NW = t_NW / spec.temperature
+    if teacher_lse is None:
+        pt_NV = torch.softmax(scaled_NW, dim=-1)[:, :vocab]
+        wanted_N = lowest_argmax(t_NW)
+    else:
+        pt_NV = torch.exp(scaled_NW[:, :vocab] - of_rows(teacher_lse)[:, None])
+        wanted_N = (
+            lowest_argmax(t_NW[:, :vocab]) if teacher_argmax is None else of_rows(teacher_argmax)
+        )
+    onehot_NV = torch.zeros_like(z_NV)
+    if label is not None:
+        onehot_NV = torch.nn.functional.one_hot(of_rows(label).long(), vocab).to(dtype)
+    w_N1 = torch.zeros_like(z_NV[:, :1])
+    if kl_weight is not None:
+        w_N1 = kl_weight.masked_fill(~scored_N, 0)[:, None].to(dtype)
+    row = _Row(
+        log_q=torch.log_softmax(scaled_NV, dim=-1),
+        q=torch.softmax(scaled_NV, dim=-1),
+        log_p=torch.log_softmax(scaled_NW[:, :vocab], dim=-1),
+        p=torch.softmax(scaled_NW[:, :vocab], dim=-1),
+        pt=pt_NV,
+        onehot=onehot_NV,
+        w=w_N1,
+        beta=spec.beta,
+    )
+    loss_N, gradient_NV = _KINDS[spec.kind](row)
+    accepted_N = _overlap(row)
+    if spec.kind == "hard_ce":
+        accepted_N = (onehot_NV * row.q).sum(dim=-1)
+        wanted_N = onehot_NV.argmax(dim=-1).to(torch.int32)
+    if spec.hard_weight:
+        hard_N, hard_gradient_NV = _hard(row)
+        loss_N = loss_N + spec.hard_weight * hard_N
+        gradient_NV = gradient_NV + spec.hard_weight * hard_gradient_NV
+
+    def scored(values_N: Tensor) -> Tensor:
+        return values_N.masked_fill(~scored_N, 0)
+
+    gradient_NV = weight[:, None].to(dtype) * gradient_NV / spec.temperature
+    return LossRows(
+        loss=scored(loss_N),
+        accepted=scored(accepted_N),
+        correct=scored((lowest_argmax(z_NV) == wanted_N).to(torch.uint8)),
+        top_prob=scored(row.q.amax(dim=-1)),
+        entropy=scored(-_times(row.q, row.log_q).sum(dim=-1)),
+        gradient=gradient_NV.masked_fill(~scored_N[:, None], 0),
     )
 
 
@@ -62,11 +203,13 @@ def step_sums(
     loss_N: Tensor,
     accepted_N: Tensor,
     correct_N: Tensor,
+    top_prob_N: Tensor,
+    entropy_N: Tensor,
     weight_N: Tensor,
     row_step_N: Tensor,
     num_steps: int,
 ) -> Tensor:
-    """[5, L] float64: per step, sums of loss, correct, accepted, 1 and weight * loss."""
+    """[7, L] float64: per step, sums in the order of csrc/loss/step_sums.h."""
     scored_N = weight_N != 0
     columns = (
         loss_N.double(),
@@ -74,10 +217,12 @@ def step_sums(
         accepted_N.double(),
         torch.ones_like(loss_N, dtype=torch.float64),
         weight_N.double() * loss_N.double(),
+        top_prob_N.double(),
+        entropy_N.double(),
     )
-    values_5N = torch.stack([column.masked_fill(~scored_N, 0) for column in columns])
+    values_7N = torch.stack([column.masked_fill(~scored_N, 0) for column in columns])
     is_step_LN = row_step_N[None, :] == torch.arange(num_steps, device=row_step_N.device)[:, None]
-    return values_5N @ is_step_LN.double().T
+    return values_7N @ is_step_LN.double().T
 
 
 def draft_loss(
@@ -98,15 +243,28 @@ def draft_loss(
     logits_NV = hidden_NH @ head_VH.T
     with torch.no_grad():
         teacher_RV = teacher_hidden_RH @ teacher_head_VH.T
-        loss_N, accepted_N, correct_N, _ = soft_ce_rows(
-            logits_NV, teacher_RV, row_to_teacher, row_weight, teacher_lse_R
+        rows = loss_rows(
+            logits_NV,
+            teacher_RV,
+            row_to_teacher=row_to_teacher,
+            weight=row_weight,
+            teacher_lse=teacher_lse_R,
         )
-        sums_5L = step_sums(loss_N, accepted_N, correct_N, row_weight, row_step, num_steps)
+        sums_7L = step_sums(
+            rows.loss,
+            rows.accepted,
+            rows.correct,
+            rows.top_prob,
+            rows.entropy,
+            row_weight,
+            row_step,
+            num_steps,
+        )
         p_NV = torch.softmax(teacher_RV[row_to_teacher.long()], dim=-1)
         p_NV = p_NV.masked_fill(~scored_N[:, None], 0)
     # sum p = 1 on scored rows; on the others p, and with it the row's loss and gradient, are 0.
     loss_sum = -(row_weight[:, None] * p_NV * torch.log_softmax(logits_NV, dim=-1)).sum()
-    return DraftLoss(loss_sum, sums_5L[0], sums_5L[1], sums_5L[2], sums_5L[3])
+    return DraftLoss(loss_sum, sums_7L[0], sums_7L[1], sums_7L[2], sums_7L[3])
 
 
 def teacher_stats(hidden_RH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,32 @@ class DraftLoss:
 
 
 @dataclass(frozen=True)
-class SoftCeRows:
-    """loss, accepted: [rows] float32. correct: [rows] uint8. The gradient is in the logits."""
+class RowLoss:
+    """Which loss compares a draft's row with its teacher's. Checked where it is used.
+
+    kind: "hard_ce", "soft_ce", "reverse_kl", "jsd", "l1", "lk_alpha" or "lk_lambda"
+        (csrc/loss/loss_rows.h).
+    temperature: divides both rows' logits, > 0. beta: the teacher's share of the JSD's mixture, in
+        (0, 1). hard_weight: of the hard cross entropy that is added, >= 0.
+    """
+
+    kind: str
+    temperature: float = 1.0
+    beta: float = 0.5
+    hard_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossRowsResult:
+    """Per row, not weighted, [rows] each; all 0 where the weight is 0.
+
+    loss: float32, nats. accepted: float32, chance that a token drawn from the draft is accepted.
+    correct: uint8, whether the first choices agree. top_prob, entropy: float32, largest
+    probability of the draft, and its entropy in nats.
+    """
 
     loss: Tensor
     accepted: Tensor
     correct: Tensor
+    top_prob: Tensor
+    entropy: Tensor

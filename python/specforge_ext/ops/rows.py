@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specforge_ext import _C
 from specforge_ext.ops._native import stream_of
-from specforge_ext.ops.results import SoftCeRows
+from specforge_ext.ops.results import LossRowsResult, RowLoss
 
 
 @torch.library.custom_op("specforge_ext::row_stats", mutates_args=())
@@ -29,51 +29,112 @@ def _(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.int32)
 
 
-@torch.library.custom_op("specforge_ext::soft_ce_rows_", mutates_args=("logits",))
-def _soft_ce_rows(
+def _new_results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[:1]
+    loss, accepted, top_prob, entropy = (
+        logits.new_empty(rows, dtype=torch.float32) for _ in range(4)
+    )
+    return loss, accepted, logits.new_empty(rows, dtype=torch.uint8), top_prob, entropy
+
+
+@torch.library.custom_op("specforge_ext::loss_rows_", mutates_args=("logits",))
+def _loss_rows(
     logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     row_to_teacher: Tensor,
     weight: Tensor,
-    teacher_lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[:1]
-    loss, accepted = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    correct = logits.new_empty(rows, dtype=torch.uint8)
-    _C.soft_ce_rows(
+    teacher_lse: Tensor | None,
+    teacher_argmax: Tensor | None,
+    label: Tensor | None,
+    kl_weight: Tensor | None,
+    kind: str,
+    temperature: float,
+    beta: float,
+    hard_weight: float,
+    writes_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results = _new_results(logits)
+    _C.loss_rows(
         logits,
         teacher,
         row_to_teacher,
         weight,
-        teacher_lse,
-        loss,
-        accepted,
-        correct,
-        stream_of(logits),
+        *results,
+        kind=kind,
+        temperature=temperature,
+        beta=beta,
+        hard_weight=hard_weight,
+        writes_gradient=writes_gradient,
+        teacher_lse=teacher_lse,
+        teacher_argmax=teacher_argmax,
+        label=label,
+        kl_weight=kl_weight,
+        stream=stream_of(logits),
     )
-    return loss, accepted, correct
+    return results
 
 
-@_soft_ce_rows.register_fake
+@_loss_rows.register_fake
 def _(
-    logits: Tensor, teacher: Tensor, row_to_teacher: Tensor, weight: Tensor, teacher_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[:1]
-    return (
-        logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.uint8),
-    )
+    logits: Tensor,
+    teacher: Tensor | None,
+    row_to_teacher: Tensor,
+    weight: Tensor,
+    teacher_lse: Tensor | None,
+    teacher_argmax: Tensor | None,
+    label: Tensor | None,
+    kl_weight: Tensor | None,
+    kind: str,
+    temperature: float,
+    beta: float,
+    hard_weight: float,
+    writes_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _new_results(logits)
 
 
-def soft_ce_rows_(
-    logits: Tensor, teacher: Tensor, *, row_to_teacher: Tensor, weight: Tensor, teacher_lse: Tensor
-) -> SoftCeRows:
-    """Soft cross entropy per row; `logits` are OVERWRITTEN by d sum(weight * loss) / d logits.
+def loss_rows_(
+    logits: Tensor,
+    teacher: Tensor | None,
+    *,
+    loss: RowLoss | str = "soft_ce",
+    row_to_teacher: Tensor,
+    weight: Tensor,
+    teacher_lse: Tensor | None = None,
+    teacher_argmax: Tensor | None = None,
+    label: Tensor | None = None,
+    kl_weight: Tensor | None = None,
+    writes_gradient: bool = True,
+) -> LossRowsResult:
+    """A draft loss per row; `logits` are OVERWRITTEN by d sum(weight * loss) / d logits.
 
-    logits: [rows, vocab], teacher: [teacher_rows, vocab]; float32 or bfloat16 each, contiguous.
+    logits: [rows, vocab] float32 or bfloat16, contiguous; not written if not writes_gradient.
+    teacher: [teacher_rows, teacher_vocab] float32 or bfloat16, contiguous, the draft's vocabulary
+        first; None for hard_ce.
+    loss: kind and parameters; a bare name takes the defaults of `RowLoss`.
     row_to_teacher: [rows] int32. weight: [rows] float32; 0: the row is not read, and becomes 0.
-    teacher_lse: [teacher_rows] float32, logsumexp over the FULL vocabulary, nats.
-    ValueError names the tensor that does not fit. Formula and source: csrc/loss/soft_ce_rows.h.
+    teacher_lse: [teacher_rows] float32, logsumexp of teacher / temperature over the FULL
+        vocabulary, nats; None: that of all columns of teacher.
+    teacher_argmax: [teacher_rows] int32, only beside teacher_lse; None: that of the columns read.
+    label: [teacher_rows] int32 in [0, vocab), for hard_ce or a hard_weight above 0.
+    kl_weight: [rows] float32, for lk_lambda.
+    ValueError names what does not fit. Formulas and sources: csrc/loss/loss_rows.h.
     """
-    return SoftCeRows(*_soft_ce_rows(logits, teacher, row_to_teacher, weight, teacher_lse))
+    spec = RowLoss(loss) if isinstance(loss, str) else loss
+    return LossRowsResult(
+        *_loss_rows(
+            logits,
+            teacher,
+            row_to_teacher,
+            weight,
+            teacher_lse,
+            teacher_argmax,
+            label,
+            kl_weight,
+            spec.kind,
+            spec.temperature,
+            spec.beta,
+            spec.hard_weight,
+            writes_gradient,
+        )
+    )

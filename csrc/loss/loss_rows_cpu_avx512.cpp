@@ -1,0 +1,5 @@
+#include "loss/loss_rows_cpu_impl.h"
+
+namespace sf::cpu {
+const LossKernels kLossAvx512 = kKernels;
+}

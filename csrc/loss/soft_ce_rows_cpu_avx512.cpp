@@ -1,5 +1,0 @@
-#include "loss/soft_ce_rows_cpu_impl.h"
-
-namespace sf::cpu {
-const SoftCeKernels kSoftCeAvx512 = kKernels;
-}
