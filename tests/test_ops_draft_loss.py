@@ -256,7 +256,22 @@ def test_autocast_casts_hidden_and_head() -> None:
 
 def op_arguments(case: LossCase) -> tuple[object, ...]:
     index = (case.row_to_teacher, case.row_weight, case.row_step)
-    return (*case.inputs, *index, case.num_steps, 1 << 20, True, True)
+    sizes = (case.teacher_hidden.shape[0], case.num_steps)
+    return (
+        *case.inputs,
+        None,
+        None,
+        None,
+        *index,
+        *sizes,
+        "jsd",
+        1.0,
+        0.5,
+        0.0,
+        1 << 20,
+        True,
+        True,
+    )
 
 
 def test_ops_pass_torch_opcheck() -> None:
@@ -264,7 +279,7 @@ def test_ops_pass_torch_opcheck() -> None:
     torch.library.opcheck(torch.ops.specforge_ext.draft_loss.default, op_arguments(case))
     torch.library.opcheck(
         torch.ops.specforge_ext.teacher_stats.default,
-        (case.teacher_hidden, case.teacher_head, 1 << 20),
+        (case.teacher_hidden, case.teacher_head, 1.5, 1 << 20),
     )
 
 
@@ -293,6 +308,17 @@ def test_teacher_stats_follow_the_definition(hardware: str, rows: int, dtype: to
         assert argmax.dtype == torch.int64
         if dtype == torch.float32:
             assert torch.equal(argmax, want_argmax)
+
+
+def test_teacher_stats_at_a_temperature() -> None:
+    case = loss_case(1, 9, 1009)
+    hidden, head = case.teacher_hidden, case.teacher_head
+    lse, argmax = ops.teacher_stats(hidden, head, temperature=1.7)
+    want_lse, want_argmax = reference.teacher_stats(hidden.double() / 1.7, head.double())
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-6)
+    assert torch.equal(argmax, want_argmax)
+    with pytest.raises(ValueError, match="teacher_stats: temperature must be above 0, got 0"):
+        ops.teacher_stats(hidden, head, temperature=0)
 
 
 PEAK_SCRIPT = """
