@@ -222,7 +222,7 @@ def _scheduled(
         first = _run(plain, only_acceptance, None, workspace_bytes, differentiates=False)
         acceptance_L = first.step_accepted / first.step_rows.clamp_min(1)
     check("draft_loss", "step_acceptance", acceptance_L, (inputs.num_steps,), *_STEP_FLOATS)
-    return schedule.scale * torch.exp(-schedule.decay * acceptance_L.detach())
+    return schedule.weight(acceptance_L.detach())
 
 
 def _run(

@@ -275,9 +275,9 @@ def draft_loss(
 
     kl_weight_N = None
     if spec.kind == "lk_lambda":
-        schedule = kl_schedule or KlSchedule()
         first = sums_of(rows_of(RowLoss("soft_ce", temperature=spec.temperature), None, None))
-        kl_weight_L = schedule.scale * torch.exp(-schedule.decay * first[2] / first[3].clamp_min(1))
+        acceptance_L = first[2] / first[3].clamp_min(1)
+        kl_weight_L = (kl_schedule or KlSchedule()).weight(acceptance_L)
         kl_weight_N = kl_weight_L.to(row_weight.dtype)[row_step.long()]
     rows = rows_of(spec, label, kl_weight_N)
     sums_7L = sums_of(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -99,3 +100,6 @@ class KlSchedule:
 
     scale: float = 1.0
     decay: float = 1.0
+
+    def weight(self, acceptance: Tensor) -> Tensor:
+        return self.scale * torch.exp(-self.decay * acceptance)
