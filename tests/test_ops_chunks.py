@@ -1,4 +1,4 @@
-"""How rows are cut into chunks."""
+"""How rows are cut into chunks, and what the buffers and products under `draft_loss` rest on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 
+from specforge_ext import _C
+from specforge_ext.ops import _matmul
 from specforge_ext.ops._chunks import Chunk, cut, default_workspace_bytes
 
 
@@ -62,3 +64,22 @@ def test_no_rows_no_chunks() -> None:
 def test_the_default_workspace_grows_with_the_vocabulary_only() -> None:
     assert default_workspace_bytes(torch.device("cpu"), vocab=32000) == 384 * 32000 * 4
     assert default_workspace_bytes(torch.device("cuda"), vocab=32000) == 2560 * 32000 * 2
+
+
+def test_huge_pages_are_only_advice() -> None:
+    for numel in (0, 1, 1000, 3 << 20):
+        tensor = torch.arange(numel)
+        _C.advise_huge_pages(tensor[1:])
+        assert torch.equal(tensor, torch.arange(numel))
+    with pytest.raises(ValueError, match=r"advise_huge_pages: tensor must be contiguous"):
+        _C.advise_huge_pages(torch.zeros(4, 4).t())
+
+
+def test_bf16_is_not_fast_without_the_instructions_for_it() -> None:
+    """As on a CPU that has none: `benchmarks/loss.py` and the float32 logits rest on this."""
+    try:
+        _C.set_isa("plain")
+        assert not _C.has_fast_bf16()
+        assert _matmul.logits_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32
+    finally:
+        _C.set_isa("auto")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ops_helpers import LossCase, assert_no_worse, loss_case
-from specforge_ext import _C, ops
+from specforge_ext import ops
 from specforge_ext.ops import DraftLoss, _matmul, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -326,7 +326,7 @@ import sys
 sys.path.insert(0, "tests")
 import torch
 from ops_helpers import loss_case
-from specforge_ext import _C, ops
+from specforge_ext import ops
 torch.set_num_threads(1)
 def run(case):
     out = ops.draft_loss(*case.inputs, **case.keywords, workspace_bytes=4 << 20)
@@ -395,22 +395,3 @@ def test_a_workspace_too_small_is_refused() -> None:
         ops.teacher_stats(case.teacher_hidden, case.teacher_head, workspace_bytes=131)
     with pytest.raises(ValueError, match=r"teacher_stats: head must be \[33, 16\] float32"):
         ops.teacher_stats(case.teacher_hidden, torch.ones(33, 15))
-
-
-def test_huge_pages_are_only_advice() -> None:
-    for numel in (0, 1, 1000, 3 << 20):
-        tensor = torch.arange(numel)
-        _C.advise_huge_pages(tensor[1:])
-        assert torch.equal(tensor, torch.arange(numel))
-    with pytest.raises(ValueError, match=r"advise_huge_pages: tensor must be contiguous"):
-        _C.advise_huge_pages(torch.zeros(4, 4).t())
-
-
-def test_bf16_is_not_fast_without_the_instructions_for_it() -> None:
-    """As on a CPU that has none: `benchmarks/loss.py` and the float32 logits rest on this."""
-    try:
-        _C.set_isa("plain")
-        assert not _C.has_fast_bf16()
-        assert _matmul.logits_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32
-    finally:
-        _C.set_isa("auto")
