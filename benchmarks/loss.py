@@ -300,8 +300,8 @@ def main() -> None:
             bench_in_child(script, report, name)
         else:
             bench_case(script, report, name)
-    if script.json:
-        report.write(script.json)
+        if script.json:  # after every case: the whole run takes long
+            report.write(script.json)
 
 
 if __name__ == "__main__":
