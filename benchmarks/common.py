@@ -8,6 +8,7 @@ again with `--peak CASE IMPL`, whose answer is one line of JSON.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -36,6 +37,12 @@ class Timing:
     spread_s: float
     cpu_s: float
     rounds: int
+    cpu_each_s: tuple[float, ...] = ()
+
+    def cpu_over(self, other: Timing) -> float:
+        """Median over rounds of this CPU time over the other's in the same round."""
+        pairs = zip(self.cpu_each_s, other.cpu_each_s, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def time_interleaved(
@@ -63,6 +70,7 @@ def time_interleaved(
             spread_s=_quartile_range(wall[name]),
             cpu_s=statistics.median(cpu[name]),
             rounds=rounds,
+            cpu_each_s=tuple(cpu[name]),
         )
         for name in impls
     }
@@ -92,6 +100,8 @@ class PeakMeter:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _forget_high_water_mark()
         self._baseline = 0 if device.type == "cuda" else _status_bytes("VmRSS")
 
     def bytes(self) -> int:
@@ -100,6 +110,12 @@ class PeakMeter:
             return int(torch.cuda.max_memory_allocated(self._device))
         # Not getrusage: its maximum survives exec, and so holds what the parent held.
         return _status_bytes("VmHWM") - self._baseline
+
+
+def _forget_high_water_mark() -> None:
+    """VmHWM becomes VmRSS, after memory that was freed went back to the system."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status_bytes(key: str) -> int:
@@ -181,6 +197,8 @@ class Report:
         base = [r for r in self.rows if r["case"] == row["case"] and r["impl"] == self.baseline]
         if base and base[0] is not row:
             text += f"  cpu x{_ratio(base[0]['cpu_s'], row['cpu_s']):.2f} of {self.baseline}"
+        if row.get("share_of_floor"):
+            text += f"  floor/it {_ratio(row['share_of_floor'], 1.0):.0%}"
         return text
 
     def write(self, path: Path) -> None:
@@ -199,16 +217,18 @@ def _ratio(value: Value, to: Value) -> float:
 
 
 class BenchScript:
-    """Command line of a benchmark: --json FILE, --quick, and the hidden --peak CASE IMPL."""
+    """Command line of a benchmark: --json, --quick, and hidden: --case CASE, --peak CASE IMPL."""
 
     def __init__(self, description: str) -> None:
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
         parser.add_argument("--quick", action="store_true", help="fewer cases, within 40 s")
+        parser.add_argument("--case", help=argparse.SUPPRESS)
         parser.add_argument("--peak", nargs=2, metavar=("CASE", "IMPL"), help=argparse.SUPPRESS)
         args = parser.parse_args()
         self.json: Path | None = args.json
         self.quick: bool = args.quick
+        self.case: str | None = args.case
         self.peak: tuple[str, str] | None = tuple(args.peak) if args.peak else None
 
     def answer_peak(self, call: Callable[[], object], device: torch.device) -> None:

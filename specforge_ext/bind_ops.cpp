@@ -6,6 +6,7 @@
 #include "convert.h"
 #include "core/check.h"
 #include "core/crc32c.h"
+#include "core/huge_pages.h"
 #include "core/isa.h"
 #include "loss/loss_rows.h"
 #include "loss/row_stats.h"
@@ -244,6 +245,7 @@ void bind_core(py::module_& m) {
   });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("has_fast_bf16", &has_fast_bf16);
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"), NoGil());
 }
 
 }  // namespace

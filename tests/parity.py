@@ -86,7 +86,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def eagle3_variants(case: Case) -> dict[str, Errors]:
     options = dict(case.info["options"])
     loss = options.pop("loss")
-    if loss != "soft_ce":
+    if loss not in ("soft_ce", "lk_alpha"):
         raise Unsupported(f"option loss={loss!r} of method 'eagle3'")
     if options:
         raise Unsupported(f"option {min(options)!r} of method 'eagle3'")
@@ -104,6 +104,7 @@ def eagle3_errors(case: Case, *, compaction: bool) -> Errors:
             draft_vocab_size=vocab.size,
             denominator="all_positions_mean",
             compaction=compaction,
+            loss=case.info["options"]["loss"],
         )
     )
     draft = method.build(weights, vocab, seed=0)
@@ -112,7 +113,8 @@ def eagle3_errors(case: Case, *, compaction: bool) -> Errors:
     result = method.step(draft, eagle3_batch(case))
     loss = result.loss_sum / result.weight_sum
     loss.backward()
-    expected, metrics = case.group("expect."), eagle3_metrics(result)
+    expected = case.group("expect.")
+    metrics = eagle3_metrics(result, is_mean_of_rows=case.info["options"]["loss"] == "lk_alpha")
     gradients = case.group("grad.")
     return Errors(
         losses={
@@ -126,10 +128,11 @@ def eagle3_errors(case: Case, *, compaction: bool) -> Errors:
     )
 
 
-def eagle3_metrics(result: StepLoss) -> dict[str, Tensor]:
+def eagle3_metrics(result: StepLoss, *, is_mean_of_rows: bool) -> dict[str, Tensor]:
     sums = result.metrics
+    per = sums["rows"].clamp_min(1) if is_mean_of_rows else result.weight_sum
     return {
-        "step_losses": sums["loss"] / result.weight_sum,
+        "step_losses": sums["loss"] / per,
         "step_correct": sums["correct"],
         "step_correct_denominator": sums["scored"],
         "step_accuracy": sums["correct"] / sums["scored"].clamp_min(1),

@@ -169,14 +169,43 @@ def test_all_rows_of_weight_zero_and_no_rows() -> None:
             assert sums.shape == (7,) and not sums.any()
 
 
-def test_backward_scales_and_can_be_repeated() -> None:
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_backward_scales_and_can_be_repeated(scale: float) -> None:
+    """Whoever holds a gradient may change it in place; the next backward pass must not see that."""
     case = loss_case(9, 3, 65)
     _, hidden_grad, head_grad = run(case)
     out = ops.draft_loss(*case.inputs, **case.keywords)
-    for _ in range(2):
-        (3 * out.loss_sum).backward(retain_graph=True)
-    torch.testing.assert_close(case.hidden.grad, 6 * hidden_grad)
-    torch.testing.assert_close(case.head.grad, 6 * head_grad)
+    for last in (False, False, True):
+        (scale * out.loss_sum).backward(retain_graph=not last)
+        assert case.hidden.grad is not None and case.head.grad is not None
+        torch.testing.assert_close(case.hidden.grad, scale * hidden_grad)
+        torch.testing.assert_close(case.head.grad, scale * head_grad)
+        case.hidden.grad.mul_(-7)
+        case.head.grad.mul_(-7)
+        if not last:
+            case.hidden.grad = case.head.grad = None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.loss_sum.backward()
+
+
+def test_gradients_accumulate_over_micro_batches() -> None:
+    first, second = loss_case(9, 3, 65), loss_case(14, 5, 65, seed=1)
+    second = dataclasses.replace(second, head=first.head)
+    expected = run(first)[2] + run(second)[2] / 4
+    for case, scale in ((first, 1.0), (second, 0.25)):
+        (ops.draft_loss(*case.inputs, **case.keywords).loss_sum * scale).backward()
+    assert first.head.grad is not None
+    torch.testing.assert_close(first.head.grad, expected)
+
+
+def test_a_shared_head_gets_both_losses_of_one_graph() -> None:
+    """Two nodes of one graph, one of them scaled, end in one parameter."""
+    first, second = loss_case(9, 3, 65), loss_case(14, 5, 65, seed=1)
+    second = dataclasses.replace(second, head=first.head)
+    expected = run(first)[2] + 2 * run(second)[2]
+    losses = [ops.draft_loss(*c.inputs, **c.keywords).loss_sum for c in (first, second)]
+    (grad,) = torch.autograd.grad(losses[0] + 2 * losses[1], first.head)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -227,7 +256,22 @@ def test_autocast_casts_hidden_and_head() -> None:
 
 def op_arguments(case: LossCase) -> tuple[object, ...]:
     index = (case.row_to_teacher, case.row_weight, case.row_step)
-    return (*case.inputs, *index, case.num_steps, 1 << 20, True, True)
+    sizes = (case.teacher_hidden.shape[0], case.num_steps)
+    return (
+        *case.inputs,
+        None,
+        None,
+        None,
+        *index,
+        *sizes,
+        "jsd",
+        1.0,
+        0.5,
+        0.0,
+        1 << 20,
+        True,
+        True,
+    )
 
 
 def test_ops_pass_torch_opcheck() -> None:
@@ -235,7 +279,7 @@ def test_ops_pass_torch_opcheck() -> None:
     torch.library.opcheck(torch.ops.specforge_ext.draft_loss.default, op_arguments(case))
     torch.library.opcheck(
         torch.ops.specforge_ext.teacher_stats.default,
-        (case.teacher_hidden, case.teacher_head, 1 << 20),
+        (case.teacher_hidden, case.teacher_head, 1.5, 1 << 20),
     )
 
 
@@ -266,6 +310,17 @@ def test_teacher_stats_follow_the_definition(hardware: str, rows: int, dtype: to
             assert torch.equal(argmax, want_argmax)
 
 
+def test_teacher_stats_at_a_temperature() -> None:
+    case = loss_case(1, 9, 1009)
+    hidden, head = case.teacher_hidden, case.teacher_head
+    lse, argmax = ops.teacher_stats(hidden, head, temperature=1.7)
+    want_lse, want_argmax = reference.teacher_stats(hidden.double() / 1.7, head.double())
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-6)
+    assert torch.equal(argmax, want_argmax)
+    with pytest.raises(ValueError, match="teacher_stats: temperature must be above 0, got 0"):
+        ops.teacher_stats(hidden, head, temperature=0)
+
+
 PEAK_SCRIPT = """
 import sys
 sys.path.insert(0, "tests")
@@ -277,21 +332,32 @@ def run(case):
     out = ops.draft_loss(*case.inputs, **case.keywords, workspace_bytes=4 << 20)
     return out, torch.autograd.grad(out.loss_sum, (case.hidden, case.head))
 run(loss_case(8, 2, 64))  # what libraries allocate at their first use
-case = loss_case(1400, 20, 16000, width=32)
+rows, teachers, vocab = map(int, sys.argv[1:])
+case = loss_case(rows, teachers, vocab, width=32)
 def status(key):  # not getrusage: its maximum survives exec, and so holds what the parent held
     return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark becomes what is held now
 resident = status("VmRSS")
 run(case)
 print(status("VmHWM") - resident)
 """
 
 
+def peak_bytes(rows: int, teachers: int, vocab: int) -> int:
+    command = [sys.executable, "-c", PEAK_SCRIPT, *map(str, (rows, teachers, vocab))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return int(done.stdout)
+
+
 def test_peak_memory_is_workspace_and_outputs() -> None:
     """All logits at once: 1420 * 16000 * 4 = 91 MB; workspace: 4 MiB; outputs: 2.2 MB."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK_SCRIPT], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert int(done.stdout) < 16 << 20
+    assert peak_bytes(1400, 20, 16000) < 16 << 20
+
+
+def test_peak_memory_does_not_grow_with_the_rows() -> None:
+    """Beyond a hidden state's gradient, 128 bytes a row, and the row's own numbers."""
+    few, many = (peak_bytes(rows, rows // 7, 4000) for rows in (700, 7000))
+    assert many - few < 4 << 20  # the logits of 6300 more rows would be 100 MB
 
 
 @pytest.mark.parametrize(

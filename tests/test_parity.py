@@ -12,7 +12,9 @@ import parity
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
-@pytest.mark.parametrize("name", ["eagle3_cold", "eagle3_trained", "eagle3_ragged"])
+@pytest.mark.parametrize(
+    "name", ["eagle3_cold", "eagle3_trained", "eagle3_ragged", "eagle3_lkalpha"]
+)
 def test_recorded_losses_and_gradients(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(GOLDEN / name)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -23,7 +25,6 @@ def test_recorded_losses_and_gradients(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("eagle3_lkalpha", "unsupported option loss='lk_alpha' of method 'eagle3'"),
         ("dflash_cold", "unsupported method 'dflash'"),
     ],
 )
@@ -33,6 +34,16 @@ def test_unsupported_is_a_failure(
     assert parity.main([str(GOLDEN / "eagle3_cold"), str(GOLDEN / name)]) == 1
     out = capsys.readouterr().out
     assert reason in out and "eagle3_cold" in out
+
+
+def test_unsupported_loss_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = parity.read_case(GOLDEN / "eagle3_ragged")
+    case.info["options"]["loss"] = "focal"
+    monkeypatch.setattr(parity, "read_case", lambda folder: case)
+    assert parity.main(["anything"]) == 1
+    assert "unsupported option loss='focal' of method 'eagle3'" in capsys.readouterr().out
 
 
 def test_wrong_numbers_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ void set_isa(const std::string& name) {
 
 bool has_fast_bf16() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
+  return isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

@@ -15,7 +15,8 @@ Isa isa();                          // the fastest, unless set_isa chose another
 void set_isa(
     const std::string& name);  // for tests; "auto" is the fastest. ArgumentError if unavailable
 
-// True if the CPU multiplies bf16 itself (AVX512_BF16, AMX) rather than by way of f32.
+// True if the CPU multiplies bf16 itself (AVX512_BF16, AMX) rather than by way of f32, and isa() is
+// what it does it with.
 bool has_fast_bf16();
 
 }  // namespace sf

@@ -15,6 +15,7 @@ __all__: list[str] = [
     "ArenaLease",
     "ArenaProducer",
     "ArenaReservation",
+    "advise_huge_pages",
     "available_isas",
     "copy_crc32c",
     "crc32c",
@@ -120,6 +121,7 @@ class ArenaConsumer:
     @property
     def producer_alive(self) -> bool: ...
 
+def advise_huge_pages(tensor: torch.Tensor) -> None: ...
 def available_isas() -> list[str]: ...
 def copy_crc32c(
     dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0

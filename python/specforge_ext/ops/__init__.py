@@ -3,6 +3,7 @@
 Their definitions are in `ops.reference`.
 
 draft_loss      loss, metrics and gradients of all draft rows, from hidden states
+draft_first_permutation  the target's head with the draft's vocabulary first
 teacher_stats   logsumexp and argmax of the target over its full vocabulary, from hidden states
 row_stats       the same from logits that exist already
 loss_rows_      the row losses alone, from logits that exist already; the gradient replaces them
@@ -14,17 +15,19 @@ own_keys_grads_ its backward
 """
 
 from specforge_ext.ops.attention import own_keys_grads_, own_keys_merge_
-from specforge_ext.ops.draft_loss import draft_loss
+from specforge_ext.ops.draft_loss import draft_first_permutation, draft_loss
 from specforge_ext.ops.pack import pack_samples, ttt_maps
-from specforge_ext.ops.results import DraftLoss, LossRowsResult, RowLoss, TttMaps
+from specforge_ext.ops.results import DraftLoss, KlSchedule, LossRowsResult, RowLoss, TttMaps
 from specforge_ext.ops.rows import loss_rows_, row_stats
 from specforge_ext.ops.teacher_stats import teacher_stats
 
 __all__ = [
     "DraftLoss",
+    "KlSchedule",
     "LossRowsResult",
     "RowLoss",
     "TttMaps",
+    "draft_first_permutation",
     "draft_loss",
     "loss_rows_",
     "own_keys_grads_",

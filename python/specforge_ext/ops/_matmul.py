@@ -7,7 +7,7 @@ Legend: N rows, H width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,17 @@ from torch import Tensor
 from specforge_ext import _C
 
 _BLOCK_BYTES = 16 << 20
+_HUGE_BYTES = 8 << 20
+
+
+def empty_buffer(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the device of `like`. On the CPU large ones ask for huge pages:
+    first touch in pages of 4 KiB costs a tenth of the product that fills them.
+    """
+    out = like.new_empty(tuple(shape), dtype=dtype)
+    if out.device.type == "cpu" and out.nbytes >= _HUGE_BYTES:
+        _C.advise_huge_pages(out)
+    return out
 
 
 def logits_dtype(hidden: Tensor) -> torch.dtype:
@@ -45,29 +56,45 @@ def hidden_grad_into(out_NH: Tensor, grad_NV: Tensor, head_VH: Tensor) -> None:
     out_NH.copy_(total_NH)
 
 
-def add_head_grad(
-    total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor, *, overwrites: bool
-) -> None:
-    """total += grad^T hidden; total is float32 whatever the others are. `overwrites`: = instead."""
-    beta = 0 if overwrites else 1
-    if grad_NV.dtype == torch.float32:
-        total_VH.addmm_(grad_NV.t(), hidden_NH.to(torch.float32), beta=beta)
-    elif grad_NV.device.type == "cuda":
-        torch.addmm(
-            total_VH,
-            grad_NV.t(),
-            hidden_NH,
-            out_dtype=torch.float32,
-            beta=beta,
-            out=total_VH,
-        )
-    else:
-        for rows in _blocks(total_VH):
-            part = torch.mm(grad_NV[:, rows].t(), hidden_NH)
-            if overwrites:
-                total_VH[rows] = part
-            else:
-                total_VH[rows] += part
+class HeadGrad:
+    """The sum over chunks of grad^T hidden: [V, H] in the head's dtype.
+
+    Added in float32, but for a CPU that multiplies bf16: there each product is rounded to bf16, and
+    up to two of them are added where the result lies, without a [V, H] of float32.
+    """
+
+    def __init__(self, head_VH: Tensor, *, num_chunks: int) -> None:
+        self._head_dtype = head_VH.dtype
+        rounds = head_VH.device.type == "cpu" and logits_dtype(head_VH) == head_VH.dtype
+        dtype = head_VH.dtype if num_chunks < (3 if rounds else 2) else torch.float32
+        self._total_VH = empty_buffer(head_VH, head_VH.shape, dtype)
+        self._num_added = 0
+
+    def result(self) -> Tensor:
+        if not self._num_added:
+            self._total_VH.zero_()
+        return self._total_VH.to(self._head_dtype)
+
+    def add(self, grad_NV: Tensor, hidden_NH: Tensor) -> None:
+        total_VH, beta = self._total_VH, 1 if self._num_added else 0
+        self._num_added += 1
+        if grad_NV.dtype != hidden_NH.dtype:  # emulated bf16
+            hidden_NH = hidden_NH.to(grad_NV.dtype)
+        if not beta and grad_NV.dtype == total_VH.dtype:
+            torch.mm(grad_NV.t(), hidden_NH, out=total_VH)
+        elif grad_NV.dtype == torch.float32 == total_VH.dtype:
+            total_VH.addmm_(grad_NV.t(), hidden_NH)
+        elif grad_NV.device.type == "cuda":
+            torch.addmm(
+                total_VH, grad_NV.t(), hidden_NH, out_dtype=torch.float32, beta=beta, out=total_VH
+            )
+        else:
+            for rows in _blocks(total_VH):
+                part = torch.mm(grad_NV[:, rows].t(), hidden_NH)
+                if beta:
+                    total_VH[rows] += part
+                else:
+                    total_VH[rows] = part
 
 
 def _blocks(head_VH: Tensor) -> Iterator[slice]:

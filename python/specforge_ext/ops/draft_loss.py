@@ -4,23 +4,21 @@ Per chunk: two matrix products give the logits of its students and of their teac
 kernel turns the students' logits into their gradient, two more products turn that into the
 gradients of hidden and head. So the forward pass does all the work, and backward only scales.
 Legend: N student rows, R teacher rows, H and G widths of draft and target, V the draft's
-vocabulary, L steps.
+vocabulary, U >= V rows of the target's head, L steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from specforge_ext import _C
-from specforge_ext.ops._matmul import add_head_grad, hidden_grad_into, logits_dtype, logits_into
-from specforge_ext.ops._native import check, stream_of
-from specforge_ext.ops.results import DraftLoss
-from specforge_ext.ops.teacher_stats import DEFAULT_WORKSPACE_BYTES
+from specforge_ext.ops._chunks import default_workspace_bytes
+from specforge_ext.ops._draft_loss import draft_loss_op
+from specforge_ext.ops._native import check
+from specforge_ext.ops.results import DraftLoss, KlSchedule, RowLoss
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -28,267 +26,240 @@ _FLOATS = (torch.float32, torch.bfloat16)
 def draft_loss(
     hidden_NH: Tensor,
     head_VH: Tensor,
-    teacher_hidden_RG: Tensor,
-    teacher_head_VG: Tensor,
-    teacher_lse_R: Tensor,
+    teacher_hidden_RG: Tensor | None = None,
+    teacher_head_UG: Tensor | None = None,
+    teacher_lse_R: Tensor | None = None,
     *,
+    loss: RowLoss | str = "soft_ce",
     row_to_teacher: Tensor,
     row_weight: Tensor,
     row_step: Tensor,
     num_steps: int,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    teacher_argmax: Tensor | None = None,
+    label: Tensor | None = None,
+    kl_schedule: KlSchedule | None = None,
+    step_acceptance: Tensor | None = None,
+    step_kl_weight: Tensor | None = None,
+    workspace_bytes: int | None = None,
 ) -> DraftLoss:
-    """Soft cross entropy of draft rows against the target restricted to the draft's vocabulary.
+    """A loss of draft rows against the target, summed with weights, and statistics per step.
 
     hidden: [N, H], what the draft's head multiplies. head: [V, H]. Both float32 or both bfloat16;
         under autocast they are cast to its dtype first. Gradients flow to these two, each only
         where wanted.
-    teacher_hidden: [R, G] after the target's final norm. teacher_head: [V, G], its rows of the
-        draft's vocabulary. float32 or bfloat16, the same.
-    teacher_lse: [R] float32, logsumexp of the target's logits over its FULL vocabulary
-        (`teacher_stats`).
+    teacher_hidden: [R, G] after the target's final norm. teacher_head: [U, G], the target's head
+        with the draft's vocabulary first (`draft_first_permutation`), or only that part of it.
+        float32 or bfloat16, the same. Both None for "hard_ce".
+    teacher_lse: [R] float32, logsumexp of the target's logits / temperature over its FULL
+        vocabulary (`teacher_stats`, or shipped by an engine). Given: rows of teacher_head past V
+        are not used. None: teacher_head is the full vocabulary, and lse and argmax come from it.
+    loss: kind and parameters; a bare name takes the defaults of `RowLoss`.
     row_to_teacher: [N] int32, non-decreasing: each teacher is then computed once for all its
         students.
     row_weight: [N] float32; rows of weight 0 may hold anything, NaN too, and get a gradient of
         exactly 0.
     row_step: [N] int32 in [0, num_steps).
-    workspace_bytes: bound on the logits that exist at a time, students and teachers together.
+    teacher_argmax: [R] int32 or int64, the target's first choice as an index into the permuted
+        head, only beside teacher_lse; None: the first choice within the draft's vocabulary.
+    label: [R] int32 in [0, V): for "hard_ce", or a hard_weight.
+    kl_schedule: for "lk_lambda": w = scale * exp(-decay * A), A the mean acceptance of a step's
+        rows (weight not 0), which a first pass without gradients measures (a third more work), or
+        step_acceptance: [L] gives, e.g. reduced over ranks. None: the defaults of `KlSchedule`.
+    step_kl_weight: [L], for "lk_lambda": w itself, in place of both.
+    workspace_bytes: bound on the logits that exist at a time, students and teachers together. None:
+        what the matrix products need for full speed: 384 float32 rows on the CPU, 2560 bf16 ones
+        on CUDA, whatever N is.
 
-    Beyond outputs and workspace it takes float32 [V, H] for the head's gradient when that is
-    bfloat16. On CUDA it synchronises once, to read row_to_teacher. Deterministic. Differentiable
-    once. ValueError if a tensor does not fit, row_to_teacher falls or leaves [0, R), or a student
-    row and its teacher do not fit the workspace. Formula and source: csrc/loss/loss_rows.h.
+    Beyond outputs and workspace it may take float32 [V, H] for the head's gradient when that is
+    bfloat16. On CUDA it synchronises once a pass, to read row_to_teacher. Deterministic.
+    Differentiable once. ValueError if something is missing, too much or does not fit,
+    row_to_teacher falls or leaves [0, R), or a student row and its teacher do not fit the
+    workspace. Formulas and sources: csrc/loss/loss_rows.h.
     """
+    spec = RowLoss(loss) if isinstance(loss, str) else loss
     if torch.is_autocast_enabled(hidden_NH.device.type):
         dtype = torch.get_autocast_dtype(hidden_NH.device.type)
         hidden_NH, head_VH = hidden_NH.to(dtype), head_VH.to(dtype)
-    num_rows, width = hidden_NH.shape[0], hidden_NH.shape[-1]
-    vocab, num_teachers = head_VH.shape[0], teacher_hidden_RG.shape[0]
-    teacher_dtype, teacher_width = teacher_hidden_RG.dtype, teacher_hidden_RG.shape[-1]
-    for name, tensor, shape, dtypes in (
-        ("hidden", hidden_NH, (num_rows, width), _FLOATS),
-        ("head", head_VH, (vocab, width), (hidden_NH.dtype,)),
-        ("teacher_hidden", teacher_hidden_RG, (num_teachers, teacher_width), _FLOATS),
-        ("teacher_head", teacher_head_VG, (vocab, teacher_width), (teacher_dtype,)),
-        ("teacher_lse", teacher_lse_R, (num_teachers,), (torch.float32,)),
-        ("row_to_teacher", row_to_teacher, (num_rows,), (torch.int32,)),
-        ("row_weight", row_weight, (num_rows,), (torch.float32,)),
-        ("row_step", row_step, (num_rows,), (torch.int32,)),
-    ):
-        check("draft_loss", name, tensor, shape, *dtypes)
-    differentiates = torch.is_grad_enabled()
-    loss_sum, sums_4L, _, _ = _draft_loss(
+    schedule = (kl_schedule, step_acceptance, step_kl_weight)
+    _check_presence(
+        spec,
+        teacher_hidden=teacher_hidden_RG,
+        teacher_head=teacher_head_UG,
+        teacher_lse=teacher_lse_R,
+        teacher_argmax=teacher_argmax,
+        label=label,
+        kl=next((x for x in schedule if x is not None), None),
+    )
+    inputs = _Inputs(
         hidden_NH,
         head_VH,
-        teacher_hidden_RG.detach(),
-        teacher_head_VG.detach(),
-        teacher_lse_R.detach(),
+        _detached(teacher_hidden_RG),
+        _detached(teacher_head_UG),
+        _detached(teacher_lse_R),
+        teacher_argmax,
+        label,
         row_to_teacher,
         row_weight.detach(),
         row_step,
         num_steps,
-        workspace_bytes,
-        differentiates and hidden_NH.requires_grad,
-        differentiates and head_VH.requires_grad,
     )
-    sums_4L = sums_4L.detach()
-    return DraftLoss(loss_sum, sums_4L[0], sums_4L[1], sums_4L[2], sums_4L[3])
+    inputs.check()
+    if teacher_lse_R is not None and inputs.teacher_head is not None:
+        inputs = dataclasses.replace(inputs, teacher_head=inputs.teacher_head[: head_VH.shape[0]])
+    if teacher_argmax is not None:
+        inputs = dataclasses.replace(inputs, teacher_argmax=teacher_argmax.to(torch.int32))
+    if workspace_bytes is None:
+        workspace_bytes = inputs.default_workspace_bytes()
+    kl_weight_N = None
+    if spec.kind == "lk_lambda":
+        if step_kl_weight is None:
+            step_kl_weight = _scheduled(
+                inputs, spec, kl_schedule or KlSchedule(), step_acceptance, workspace_bytes
+            )
+        check("draft_loss", "step_kl_weight", step_kl_weight, (num_steps,), *_STEP_FLOATS)
+        kl_weight_N = step_kl_weight.detach().float()[row_step.long()]
+    return _run(inputs, spec, kl_weight_N, workspace_bytes, differentiates=torch.is_grad_enabled())
+
+
+def draft_first_permutation(t2d: Tensor) -> Tensor:
+    """[U] int64: the words of the draft's vocabulary, ascending, then the others, ascending.
+
+    t2d: [U] bool, whether the draft has the word. `target_head[permutation]`, made once, has the
+    draft's part as its first rows, so that restricting the target to it is a slice.
+    """
+    return torch.cat([t2d.nonzero()[:, 0], (~t2d).nonzero()[:, 0]])
+
+
+_STEP_FLOATS = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Rows [row, row_end), whose teachers lie in [teacher, teacher_end)."""
+class _Inputs:
+    hidden: Tensor
+    head: Tensor
+    teacher_hidden: Tensor | None
+    teacher_head: Tensor | None
+    teacher_lse: Tensor | None
+    teacher_argmax: Tensor | None
+    label: Tensor | None
+    row_to_teacher: Tensor
+    row_weight: Tensor
+    row_step: Tensor
+    num_steps: int
 
-    row: int
-    row_end: int
-    teacher: int
-    teacher_end: int
+    @property
+    def num_teachers(self) -> int:
+        per_teacher = self.label if self.teacher_hidden is None else self.teacher_hidden
+        assert per_teacher is not None  # _check_presence
+        return per_teacher.shape[0]
+
+    def default_workspace_bytes(self) -> int:
+        heads = (self.head, self.teacher_head)
+        vocab = max(head.shape[0] for head in heads if head is not None)
+        return default_workspace_bytes(self.hidden.device, vocab=vocab)
+
+    def check(self) -> None:
+        num_rows, width = self.hidden.shape[0], self.hidden.shape[-1]
+        vocab, num_teachers = self.head.shape[0], self.num_teachers
+
+        def fits(name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None:
+                check("draft_loss", name, tensor, shape, *dtypes)
+
+        fits("hidden", (num_rows, width), *_FLOATS)
+        fits("head", (vocab, width), self.hidden.dtype)
+        if self.teacher_hidden is not None and self.teacher_head is not None:
+            teacher_width = self.teacher_hidden.shape[-1]
+            # More rows are fine, fewer are not.
+            rows = max(vocab, self.teacher_head.shape[0])
+            fits("teacher_hidden", (num_teachers, teacher_width), *_FLOATS)
+            fits("teacher_head", (rows, teacher_width), self.teacher_hidden.dtype)
+        fits("teacher_lse", (num_teachers,), torch.float32)
+        fits("teacher_argmax", (num_teachers,), torch.int32, torch.int64)
+        fits("label", (num_teachers,), torch.int32)
+        fits("row_to_teacher", (num_rows,), torch.int32)
+        fits("row_weight", (num_rows,), torch.float32)
+        fits("row_step", (num_rows,), torch.int32)
 
 
-def _chunks(
-    row_to_teacher: Tensor, *, row_bytes: int, teacher_bytes: int, workspace_bytes: int
-) -> Iterator[_Chunk]:
-    """The longest runs of rows whose logits, with those of their teachers, fit the workspace."""
-    teachers = row_to_teacher.to("cpu", torch.int64)
-    # Rows [a, b] need cost[b] - cost[a] + row_bytes + teacher_bytes.
-    cost = torch.arange(teachers.numel()) * row_bytes + teachers * teacher_bytes
-    spare = workspace_bytes - row_bytes - teacher_bytes
-    row = 0
-    while row < teachers.numel():
-        row_end = int(torch.searchsorted(cost, int(cost[row]) + spare, right=True))
-        yield _Chunk(row, row_end, int(teachers[row]), int(teachers[row_end - 1]) + 1)
-        row = row_end
+def _check_presence(
+    spec: RowLoss, *, teacher_lse: Tensor | None, kl: object, **others: Tensor | None
+) -> None:
+    """What the kind of loss needs is there, and what it would not look at is not."""
+    has_teacher = spec.kind != "hard_ce"
+    wanted = {
+        "teacher_hidden": has_teacher,
+        "teacher_head": has_teacher,
+        "label": not has_teacher or spec.hard_weight != 0,
+    }
+    for name, is_wanted in wanted.items():
+        if (others[name] is not None) != is_wanted:
+            verb = "must be given" if is_wanted else "must be None"
+            raise ValueError(f"draft_loss: {name} {verb} with {spec}")
+    if others["teacher_argmax"] is not None and teacher_lse is None:
+        raise ValueError("draft_loss: teacher_argmax must be None without teacher_lse")
+    if teacher_lse is not None and not has_teacher:
+        raise ValueError(f"draft_loss: teacher_lse must be None with {spec}")
+    if kl is not None and spec.kind != "lk_lambda":
+        raise ValueError(
+            f"draft_loss: kl_schedule, step_acceptance and step_kl_weight are for lk_lambda, "
+            f"got one with {spec}"
+        )
 
 
-def _plan(
-    row_to_teacher: Tensor,
-    num_teachers: int,
+def _scheduled(
+    inputs: _Inputs,
+    spec: RowLoss,
+    schedule: KlSchedule,
+    acceptance_L: Tensor | None,
+    workspace_bytes: int,
+) -> Tensor:
+    """[L] weights of the KL term: arXiv 2602.23881."""
+    if acceptance_L is None:
+        only_acceptance = RowLoss("soft_ce", temperature=spec.temperature)
+        plain = dataclasses.replace(inputs, label=None)
+        first = _run(plain, only_acceptance, None, workspace_bytes, differentiates=False)
+        acceptance_L = first.step_accepted / first.step_rows.clamp_min(1)
+    check("draft_loss", "step_acceptance", acceptance_L, (inputs.num_steps,), *_STEP_FLOATS)
+    return schedule.weight(acceptance_L.detach())
+
+
+def _run(
+    inputs: _Inputs,
+    spec: RowLoss,
+    kl_weight_N: Tensor | None,
+    workspace_bytes: int,
     *,
-    row_bytes: int,
-    teacher_bytes: int,
-    workspace_bytes: int,
-) -> list[_Chunk]:
-    """Checks the values of row_to_teacher (one copy to the host), then cuts it."""
-    if workspace_bytes < row_bytes + teacher_bytes:
-        raise ValueError(
-            f"draft_loss: workspace_bytes must hold a student's row of logits and its teacher's, "
-            f"{row_bytes + teacher_bytes} bytes, got {workspace_bytes}"
-        )
-    on_host = row_to_teacher.cpu()
-    if on_host.numel() and (int(on_host.min()) < 0 or int(on_host.max()) >= num_teachers):
-        raise ValueError(
-            f"draft_loss: row_to_teacher must lie in [0, {num_teachers}), "
-            f"got {int(on_host.min())} to {int(on_host.max())}"
-        )
-    falls = torch.nonzero(on_host[1:] < on_host[:-1])
-    if falls.numel():
-        at = int(falls[0]) + 1
-        raise ValueError(
-            f"draft_loss: row_to_teacher must not fall, got {int(on_host[at - 1])} then "
-            f"{int(on_host[at])} at row {at}"
-        )
-    return list(
-        _chunks(
-            on_host,
-            row_bytes=row_bytes,
-            teacher_bytes=teacher_bytes,
-            workspace_bytes=workspace_bytes,
-        )
+    differentiates: bool,
+) -> DraftLoss:
+    loss_sum, sums_7L, _, _ = draft_loss_op(
+        inputs.hidden,
+        inputs.head,
+        inputs.teacher_hidden,
+        inputs.teacher_head,
+        inputs.teacher_lse,
+        inputs.teacher_argmax,
+        inputs.label,
+        kl_weight_N,
+        inputs.row_to_teacher,
+        inputs.row_weight,
+        inputs.row_step,
+        inputs.num_teachers,
+        inputs.num_steps,
+        spec.kind,
+        spec.temperature,
+        spec.beta,
+        spec.hard_weight,
+        workspace_bytes,
+        differentiates and inputs.hidden.requires_grad,
+        differentiates and inputs.head.requires_grad,
+    )
+    sums_7L = sums_7L.detach()
+    return DraftLoss(
+        loss_sum, sums_7L[0], sums_7L[1], sums_7L[2], sums_7L[3], sums_7L[5], sums_7L[6]
     )
 
 
-@torch.library.custom_op("specforge_ext::draft_loss", mutates_args=())
-def _draft_loss(
-    hidden_NH: Tensor,
-    head_VH: Tensor,
-    teacher_hidden_RG: Tensor,
-    teacher_head_VG: Tensor,
-    teacher_lse_R: Tensor,
-    row_to_teacher_N: Tensor,
-    row_weight_N: Tensor,
-    row_step_N: Tensor,
-    num_steps: int,
-    workspace_bytes: int,
-    wants_hidden_grad: bool,
-    wants_head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss_sum [], sums [4, L] as in DraftLoss, d loss_sum / d hidden, d loss_sum / d head).
-
-    A gradient that is not wanted is an empty tensor.
-    """
-    num_rows, vocab = hidden_NH.shape[0], head_VH.shape[0]
-    dtype, teacher_dtype = logits_dtype(hidden_NH), logits_dtype(teacher_hidden_RG)
-    chunks = _plan(
-        row_to_teacher_N,
-        teacher_hidden_RG.shape[0],
-        row_bytes=vocab * dtype.itemsize,
-        teacher_bytes=vocab * teacher_dtype.itemsize,
-        workspace_bytes=workspace_bytes,
-    )
-    hidden_grad_NH = torch.empty_like(
-        hidden_NH if wants_hidden_grad else hidden_NH[:0], memory_format=torch.contiguous_format
-    )
-    head_grad_VH = head_VH.new_empty(
-        head_VH.shape if wants_head_grad else (0,), dtype=torch.float32
-    )
-    if not chunks:
-        head_grad_VH.zero_()
-    loss_N, accepted_N, top_prob_N, entropy_N = (
-        hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(4)
-    )
-    correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
-    most_rows = max((chunk.row_end - chunk.row for chunk in chunks), default=0)
-    most_teachers = max((chunk.teacher_end - chunk.teacher for chunk in chunks), default=0)
-    logits_CV = hidden_NH.new_empty((most_rows, vocab), dtype=dtype)
-    teacher_CV = hidden_NH.new_empty((most_teachers, vocab), dtype=teacher_dtype)
-    with torch.autocast(hidden_NH.device.type, enabled=False):
-        for chunk in chunks:
-            rows = slice(chunk.row, chunk.row_end)
-            teachers = slice(chunk.teacher, chunk.teacher_end)
-            logits = logits_CV[: rows.stop - rows.start]
-            teacher = teacher_CV[: teachers.stop - teachers.start]
-            weight = row_weight_N[rows]
-            # 0 * NaN is NaN: a row of weight 0 must not reach the product of the head's gradient.
-            hidden = hidden_NH[rows].masked_fill(weight[:, None] == 0, 0)
-            logits_into(logits, hidden, head_VH)
-            logits_into(teacher, teacher_hidden_RG[teachers], teacher_head_VG)
-            _C.loss_rows(
-                logits,
-                teacher,
-                row_to_teacher_N[rows] - chunk.teacher,
-                weight,
-                loss_N[rows],
-                accepted_N[rows],
-                correct_N[rows],
-                top_prob_N[rows],
-                entropy_N[rows],
-                kind="soft_ce",
-                temperature=1.0,
-                beta=0.5,
-                hard_weight=0.0,
-                writes_gradient=True,
-                teacher_lse=teacher_lse_R[teachers],
-                stream=stream_of(logits),
-            )
-            if wants_hidden_grad:
-                hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
-            if wants_head_grad:
-                add_head_grad(head_grad_VH, logits, hidden, overwrites=chunk is chunks[0])
-    sums_7L = hidden_NH.new_empty((7, num_steps), dtype=torch.float64)
-    _C.step_sums(
-        loss_N,
-        accepted_N,
-        correct_N,
-        top_prob_N,
-        entropy_N,
-        row_weight_N,
-        row_step_N,
-        sums_7L,
-        stream_of(loss_N),
-    )
-    loss_sum = sums_7L[4].sum().float()
-    return loss_sum, sums_7L[:4].clone(), hidden_grad_NH, head_grad_VH.to(head_VH.dtype)
-
-
-@_draft_loss.register_fake
-def _(
-    hidden_NH: Tensor,
-    head_VH: Tensor,
-    teacher_hidden_RG: Tensor,
-    teacher_head_VG: Tensor,
-    teacher_lse_R: Tensor,
-    row_to_teacher_N: Tensor,
-    row_weight_N: Tensor,
-    row_step_N: Tensor,
-    num_steps: int,
-    workspace_bytes: int,
-    wants_hidden_grad: bool,
-    wants_head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        hidden_NH.new_empty((), dtype=torch.float32),
-        hidden_NH.new_empty((4, num_steps), dtype=torch.float64),
-        hidden_NH.new_empty(hidden_NH.shape if wants_hidden_grad else (0, hidden_NH.shape[1])),
-        head_VH.new_empty(head_VH.shape if wants_head_grad else (0,)),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wants = inputs[-2:]
-    ctx.save_for_backward(*output[2:])
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Scales into new memory: the saved gradients must survive a second backward pass."""
-    if torch.is_grad_enabled():  # create_graph: its result would lack the terms of this op
-        raise RuntimeError("draft_loss: second derivatives are not available (create_graph=True)")
-    hidden_grad_NH, head_grad_VH = ctx.saved_tensors
-    wants_hidden, wants_head = ctx.wants
-    return (
-        hidden_grad_NH * grad_loss if wants_hidden else None,
-        head_grad_VH * grad_loss if wants_head else None,
-        *(None for _ in range(10)),
-    )
-
-
-_draft_loss.register_autograd(_backward, setup_context=_save)
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

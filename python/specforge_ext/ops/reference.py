@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from specforge_ext.ops.results import DraftLoss, RowLoss, TttMaps
+from specforge_ext.ops.results import DraftLoss, KlSchedule, RowLoss, TttMaps
 
 
 def row_stats(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,43 +228,60 @@ def step_sums(
 def draft_loss(
     hidden_NH: Tensor,
     head_VH: Tensor,
-    teacher_hidden_RH: Tensor,
-    teacher_head_VH: Tensor,
-    teacher_lse_R: Tensor,
+    teacher_hidden_RG: Tensor | None = None,
+    teacher_head_UG: Tensor | None = None,
+    teacher_lse_R: Tensor | None = None,
     *,
+    loss: RowLoss | str = "soft_ce",
     row_to_teacher: Tensor,
     row_weight: Tensor,
     row_step: Tensor,
     num_steps: int,
+    teacher_argmax: Tensor | None = None,
+    label: Tensor | None = None,
+    kl_schedule: KlSchedule | None = None,
 ) -> DraftLoss:
     """`ops.draft_loss` with all logits at once, differentiable by torch's own autograd."""
-    scored_N = row_weight != 0
-    hidden_NH = hidden_NH.masked_fill(~scored_N[:, None], 0)
-    logits_NV = hidden_NH @ head_VH.T
-    with torch.no_grad():
-        teacher_RV = teacher_hidden_RH @ teacher_head_VH.T
-        rows = loss_rows(
+    spec = RowLoss(loss) if isinstance(loss, str) else loss
+    logits_NV = hidden_NH.masked_fill(row_weight[:, None] == 0, 0) @ head_VH.T
+    teacher_RU = None
+    if teacher_hidden_RG is not None and teacher_head_UG is not None:
+        teacher_RU = teacher_hidden_RG @ teacher_head_UG.T
+
+    def rows_of(spec: RowLoss, label: Tensor | None, kl_weight: Tensor | None) -> LossRows:
+        return loss_rows(
             logits_NV,
-            teacher_RV,
+            teacher_RU,
+            loss=spec,
             row_to_teacher=row_to_teacher,
             weight=row_weight,
             teacher_lse=teacher_lse_R,
+            teacher_argmax=teacher_argmax,
+            label=label,
+            kl_weight=kl_weight,
         )
-        sums_7L = step_sums(
-            rows.loss,
-            rows.accepted,
+
+    def sums_of(rows: LossRows) -> Tensor:
+        return step_sums(
+            rows.loss.detach(),
+            rows.accepted.detach(),
             rows.correct,
-            rows.top_prob,
-            rows.entropy,
+            rows.top_prob.detach(),
+            rows.entropy.detach(),
             row_weight,
             row_step,
             num_steps,
         )
-        p_NV = torch.softmax(teacher_RV[row_to_teacher.long()], dim=-1)
-        p_NV = p_NV.masked_fill(~scored_N[:, None], 0)
-    # sum p = 1 on scored rows; on the others p, and with it the row's loss and gradient, are 0.
-    loss_sum = -(row_weight[:, None] * p_NV * torch.log_softmax(logits_NV, dim=-1)).sum()
-    return DraftLoss(loss_sum, sums_7L[0], sums_7L[1], sums_7L[2], sums_7L[3])
+
+    kl_weight_N = None
+    if spec.kind == "lk_lambda":
+        first = sums_of(rows_of(RowLoss("soft_ce", temperature=spec.temperature), None, None))
+        acceptance_L = first[2] / first[3].clamp_min(1)
+        kl_weight_L = (kl_schedule or KlSchedule()).weight(acceptance_L)
+        kl_weight_N = kl_weight_L.to(row_weight.dtype)[row_step.long()]
+    rows = rows_of(spec, label, kl_weight_N)
+    sums_7L = sums_of(rows)
+    return DraftLoss((row_weight * rows.loss).sum(), *sums_7L[:4], *sums_7L[5:])
 
 
 def teacher_stats(hidden_RH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:

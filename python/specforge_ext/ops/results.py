@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -44,9 +45,10 @@ class DraftLoss:
     """Sums over rows; nothing is averaged.
 
     loss_sum: [] float32, sum of weight * loss in nats, differentiable in hidden and head.
-    step_loss, step_correct, step_accepted, step_rows: [L] float64, detached: per step, the sums
-        over the rows whose weight is not 0 of the UNWEIGHTED loss, of [student argmax == teacher
-        argmax], of sum_v min(teacher, student), and of 1.
+    step_loss, step_correct, step_accepted, step_rows, step_top_prob, step_entropy: [L] float64,
+        detached: per step, the sums over the rows whose weight is not 0 of the UNWEIGHTED loss, of
+        [student argmax == teacher argmax], of sum_v min(teacher, student), of 1, of the student's
+        largest probability and of its entropy in nats.
     """
 
     loss_sum: Tensor
@@ -54,6 +56,8 @@ class DraftLoss:
     step_correct: Tensor
     step_accepted: Tensor
     step_rows: Tensor
+    step_top_prob: Tensor
+    step_entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,16 @@ class LossRowsResult:
     correct: Tensor
     top_prob: Tensor
     entropy: Tensor
+
+
+@dataclass(frozen=True)
+class KlSchedule:
+    """How LK-lambda moves from KL to acceptance: the KL's weight is scale * exp(-decay * A), A the
+    mean acceptance, 0 to 1 (arXiv 2602.23881).
+    """
+
+    scale: float = 1.0
+    decay: float = 1.0
+
+    def weight(self, acceptance: Tensor) -> Tensor:
+        return self.scale * torch.exp(-self.decay * acceptance)

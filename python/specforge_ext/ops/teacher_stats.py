@@ -6,25 +6,35 @@ import torch
 from torch import Tensor
 
 from specforge_ext import _C
-from specforge_ext.ops._matmul import logits_dtype, logits_into
+from specforge_ext.ops._chunks import default_workspace_bytes
+from specforge_ext.ops._matmul import empty_buffer, logits_dtype, logits_into
 from specforge_ext.ops._native import check, stream_of
-
-DEFAULT_WORKSPACE_BYTES = 64 << 20
 
 
 def teacher_stats(
-    hidden_RH: Tensor, head_VH: Tensor, *, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    hidden_RH: Tensor,
+    head_VH: Tensor,
+    *,
+    temperature: float = 1.0,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(lse [R] float32 in nats, argmax [R] int64, lowest index on ties) of hidden @ head.T.
+    """(lse [R] float32 in nats, argmax [R] int64, lowest index on ties) of hidden @ head.T / temp.
 
     hidden: [R, H] after the target's final norm. head: [V, H], the full vocabulary. float32 or
-    bfloat16, the same. At most workspace_bytes of logits exist at a time. Not differentiable.
-    ValueError if a tensor does not fit, or not even one row of logits fits the workspace.
+    bfloat16, the same. At most workspace_bytes of logits exist at a time; None: what
+    `draft_loss` takes. Not differentiable. ValueError if a tensor does not fit, or not even one row
+    of logits fits the workspace.
     """
     dtype, width = hidden_RH.dtype, hidden_RH.shape[-1]
     check("teacher_stats", "hidden", hidden_RH, (hidden_RH.shape[0], width), *_DTYPES)
+    if not temperature > 0:
+        raise ValueError(f"teacher_stats: temperature must be above 0, got {temperature}")
     check("teacher_stats", "head", head_VH, (head_VH.shape[0], width), dtype)
-    lse_R, argmax_R = _teacher_stats(hidden_RH.detach(), head_VH.detach(), workspace_bytes)
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace_bytes(hidden_RH.device, vocab=head_VH.shape[0])
+    lse_R, argmax_R = _teacher_stats(
+        hidden_RH.detach(), head_VH.detach(), temperature, workspace_bytes
+    )
     return lse_R, argmax_R
 
 
@@ -33,7 +43,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 @torch.library.custom_op("specforge_ext::teacher_stats", mutates_args=())
 def _teacher_stats(
-    hidden_RH: Tensor, head_VH: Tensor, workspace_bytes: int
+    hidden_RH: Tensor, head_VH: Tensor, temperature: float, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
     num_rows, vocab = hidden_RH.shape[0], head_VH.shape[0]
     dtype = logits_dtype(hidden_RH)
@@ -45,18 +55,22 @@ def _teacher_stats(
         )
     lse_R = hidden_RH.new_empty(num_rows, dtype=torch.float32)
     argmax_R = hidden_RH.new_empty(num_rows, dtype=torch.int32)
-    logits_CV = hidden_RH.new_empty((chunk, vocab), dtype=dtype)
+    logits_CV = empty_buffer(hidden_RH, (chunk, vocab), dtype)
     with torch.autocast(hidden_RH.device.type, enabled=False):
         for start in range(0, num_rows, max(chunk, 1)):
             rows = slice(start, min(start + chunk, num_rows))
             logits = logits_CV[: rows.stop - rows.start]
             logits_into(logits, hidden_RH[rows], head_VH)
+            if temperature != 1:
+                logits.div_(temperature)
             _C.row_stats(logits, lse_R[rows], argmax_R[rows], stream_of(logits))
     return lse_R, argmax_R.long()
 
 
 @_teacher_stats.register_fake
-def _(hidden_RH: Tensor, head_VH: Tensor, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+def _(
+    hidden_RH: Tensor, head_VH: Tensor, temperature: float, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
     rows = hidden_RH.shape[0]
     return (
         hidden_RH.new_empty(rows, dtype=torch.float32),

@@ -20,9 +20,16 @@ class Eagle3Config(Config):
     aux_layer_ids: HF `hidden_states` indices of the features, ascending, at least one; None for
         [2, L / 2, L - 3] of a target with L layers, the default of SGLang and vLLM.
     compaction: compute only rows whose result can reach the loss. Off is the same result, slower.
+    loss: of a draft row against the target's. "soft_ce" (forward KL up to a constant),
+        "reverse_kl", "jsd", "l1" (twice the total variation), or of acceptance: "lk_alpha", -log of
+        the chance that the draft's token is accepted, and "lk_lambda", which goes from KL to
+        acceptance as the mean acceptance A of a micro-batch's step grows (arXiv 2602.23881).
+    temperature: divides the logits of draft and target in the loss.
+    kl_scale, kl_decay: of lk_lambda; KL weighs kl_scale * exp(-kl_decay * A).
     denominator: what a micro-batch's loss sum is divided by (after summing over micro-batches).
         "scored": the rows scored at step 0. "all_positions_mean": samples times the longest sample,
-        which is SpecForge's padded batch.
+        which is SpecForge's padded batch; acceptance then is, as there, a mean over the step's own
+        rows, which depends on what is packed together.
     warm_start: "none", or "target": the layer starts as the target's last decoder layer, the head
     as
         the rows of the target's head, and the first hidden state as the last of the features.
@@ -34,6 +41,10 @@ class Eagle3Config(Config):
     draft_vocab_size: Positive | None = None
     aux_layer_ids: tuple[int, ...] | None = None
     compaction: bool = True
+    loss: Literal["soft_ce", "reverse_kl", "jsd", "l1", "lk_alpha", "lk_lambda"] = "soft_ce"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    kl_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    kl_decay: Annotated[float, Field(ge=0)] = 1.0
     denominator: Literal["scored", "all_positions_mean"] = "scored"
     warm_start: Literal["none", "target"] = "none"
     intermediate_size: Positive | None = None

@@ -12,6 +12,7 @@ from specforge_ext.methods.eagle3.config import Eagle3Config, aux_layer_ids
 from specforge_ext.methods.eagle3.drafter import Eagle3Drafter
 from specforge_ext.methods.eagle3.init import init_from_target, init_random
 from specforge_ext.methods.eagle3.model import DraftShape, Eagle3Draft, TttSums
+from specforge_ext.methods.eagle3.objective import padded_positions
 from specforge_ext.methods.eagle3.vocab import build_draft_vocab, count_scored_tokens
 from specforge_ext.nn.layer import LayerShape
 from specforge_ext.records import (
@@ -148,7 +149,7 @@ class Eagle3Method:
     def _weight(self, sums: TttSums, batch: PackedBatch) -> Tensor:
         if self.config.denominator == "scored":
             return sums.rows[0].detach().float()
-        padded = len(batch.lengths) * max(batch.lengths, default=0)
+        padded = padded_positions(batch.lengths)
         return torch.tensor(float(padded), device=sums.loss.device)
 
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specforge_ext.methods.eagle3.config import Eagle3Config
+from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
 from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.nn.attention import OwnKeys, split_attention
 from specforge_ext.nn.layer import FusedInputLayer, LayerShape
 from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
-from specforge_ext.ops import DraftLoss, draft_loss, teacher_stats
+from specforge_ext.ops import DraftLoss, draft_first_permutation, teacher_stats
 from specforge_ext.records import DraftVocab, TargetWeights
 
 
@@ -43,7 +44,7 @@ class DraftShape:
 
 
 class TttSums(NamedTuple):
-    """Sums over rows: loss [] float32 weighted by step_decay ** i, nats; the others [L].
+    """Sums over rows: loss [] float32, weighted as in `objective`, nats; the others [L].
 
     step_loss and accepted (float), correct (count) are over `rows` (count), the rows scored at each
     step; `labelled` counts the rows whose loss mask is 1, wherever the teacher's argmax lies.
@@ -60,8 +61,9 @@ class TttSums(NamedTuple):
 class Teacher(NamedTuple):
     """What the target says about the rows with loss mask 1.
 
-    lse: [T] float32, nats, over the full vocabulary, 0 elsewhere. mask: [T] uint8, CPU, 1 where the
-    row counts. labelled: [T] bool, CPU, where the loss mask is 1 and the sample has a next row.
+    lse: [T] float32, nats, over the full vocabulary at the loss's temperature, 0 elsewhere.
+    mask: [T] uint8, CPU, 1 where the row counts. labelled: [T] bool, CPU, where the loss mask is 1
+    and the sample has a next row.
     """
 
     lse: Tensor
@@ -119,7 +121,7 @@ class Eagle3Draft(nn.Module):
             device=aux.device,
         )
         hidden = self.backbone(plan, input_ids, positions, aux)
-        loss = self.score(plan, torch.cat(hidden), teacher, last)
+        loss = self.score(plan, torch.cat(hidden), teacher, last, lengths)
         labelled = _labelled_per_step(teacher.labelled, lengths, self.config.ttt_length)
         return TttSums(
             loss=loss.loss_sum,
@@ -136,7 +138,9 @@ class Eagle3Draft(nn.Module):
         labelled = loss_mask.cpu().bool() & ~_last_of_sample(lengths)
         rows = labelled.nonzero()[:, 0].to(last.device)
         hidden = last.index_select(0, rows + 1).to(self.target_head.dtype)
-        row_lse, argmax = teacher_stats(hidden, self.target_head)
+        row_lse, argmax = teacher_stats(
+            hidden, self.target_head, temperature=self.config.temperature
+        )
         lse = row_lse.new_zeros(loss_mask.shape[0]).index_copy_(0, rows, row_lse)
         mask = labelled.to(torch.uint8)
         mask[labelled] = (argmax < self.shape.draft_vocab_size).cpu().to(torch.uint8)
@@ -166,25 +170,24 @@ class Eagle3Draft(nn.Module):
             states.append(hidden)
         return states
 
-    def score(self, plan: TttPlan, hidden: Tensor, teacher: Teacher, last: Tensor) -> DraftLoss:
+    def score(
+        self,
+        plan: TttPlan,
+        hidden: Tensor,
+        teacher: Teacher,
+        last: Tensor,
+        lengths: Sequence[int],
+    ) -> DraftLoss:
         """hidden: the rows of all steps end to end, [sum n_i, H]."""
-        rows = plan.teacher_rows
-        head = self.lm_head.weight
-        student = self.norm(hidden.index_select(0, plan.pair_source)).to(head.dtype)
-        decay = torch.tensor(
-            [self.config.step_decay**i for i in range(self.config.ttt_length)], device=hidden.device
+        head, teachers = self.lm_head.weight, plan.teacher_rows
+        rows = ScoredRows(
+            student=self.norm(hidden.index_select(0, plan.pair_source)).to(head.dtype),
+            head=head,
+            teacher_hidden=last.index_select(0, teachers + 1).to(self.target_head.dtype),
+            teacher_head=self.target_head[: self.shape.draft_vocab_size],
+            teacher_lse=teacher.lse.index_select(0, teachers),
         )
-        return draft_loss(
-            student,
-            head,
-            last.index_select(0, rows + 1).to(self.target_head.dtype),
-            self.target_head[: self.shape.draft_vocab_size],
-            teacher.lse.index_select(0, rows),
-            row_to_teacher=plan.pair_teacher,
-            row_weight=decay[plan.pair_step.long()],
-            row_step=plan.pair_step,
-            num_steps=self.config.ttt_length,
-        )
+        return step_loss(self.config, rows, plan, lengths)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Target ids [...] -> [..., H], the target's embedding, in the draft's dtype."""
@@ -205,9 +208,7 @@ def _draft_first(head: Tensor, vocab: DraftVocab) -> Tensor:
     """Rows of the head [V, H], the draft's tokens first, both parts in ascending order."""
     if vocab.is_full:
         return head.detach()
-    rest = (~vocab.t2d).nonzero()[:, 0]
-    order = torch.cat((vocab.target_ids, rest.to(vocab.d2t.device)))
-    return head.detach().index_select(0, order.to(head.device))
+    return head.detach().index_select(0, draft_first_permutation(vocab.t2d).to(head.device))
 
 
 def _last_of_sample(lengths: Sequence[int]) -> Tensor:

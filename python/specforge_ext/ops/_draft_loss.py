@@ -1,0 +1,241 @@
+"""The op under `draft_loss`: the loop over chunks, and what autograd needs. Legend: as there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_ext import _C
+from specforge_ext.ops._chunks import Chunk, cut
+from specforge_ext.ops._matmul import (
+    HeadGrad,
+    empty_buffer,
+    hidden_grad_into,
+    logits_dtype,
+    logits_into,
+)
+from specforge_ext.ops._native import stream_of
+
+
+def _plan(
+    row_to_teacher: Tensor,
+    num_teachers: int,
+    *,
+    row_bytes: int,
+    teacher_bytes: int,
+    workspace_bytes: int,
+) -> list[Chunk]:
+    """Checks the values of row_to_teacher (one copy to the host), then cuts it."""
+    if workspace_bytes < row_bytes + teacher_bytes:
+        raise ValueError(
+            f"draft_loss: workspace_bytes must hold a student's row of logits and its teacher's, "
+            f"{row_bytes + teacher_bytes} bytes, got {workspace_bytes}"
+        )
+    on_host = row_to_teacher.cpu()
+    if on_host.numel() and (int(on_host.min()) < 0 or int(on_host.max()) >= num_teachers):
+        raise ValueError(
+            f"draft_loss: row_to_teacher must lie in [0, {num_teachers}), "
+            f"got {int(on_host.min())} to {int(on_host.max())}"
+        )
+    falls = torch.nonzero(on_host[1:] < on_host[:-1])
+    if falls.numel():
+        at = int(falls[0]) + 1
+        raise ValueError(
+            f"draft_loss: row_to_teacher must not fall, got {int(on_host[at - 1])} then "
+            f"{int(on_host[at])} at row {at}"
+        )
+    return cut(
+        on_host, row_bytes=row_bytes, teacher_bytes=teacher_bytes, workspace_bytes=workspace_bytes
+    )
+
+
+class _Teacher:
+    """The teachers' logits of one chunk at a time; nothing where the loss has only labels."""
+
+    def __init__(self, hidden_RG: Tensor | None, head_UG: Tensor | None) -> None:
+        self._hidden_RG, self._head_UG = hidden_RG, head_UG
+        self._buffer_CU: Tensor | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        if self._hidden_RG is None or self._head_UG is None:
+            return 0
+        return self._head_UG.shape[0] * logits_dtype(self._hidden_RG).itemsize
+
+    def logits(self, chunk: Chunk, *, most_rows: int) -> Tensor | None:
+        if self._hidden_RG is None or self._head_UG is None:
+            return None
+        if self._buffer_CU is None:
+            shape = (most_rows, self._head_UG.shape[0])
+            self._buffer_CU = empty_buffer(self._hidden_RG, shape, logits_dtype(self._hidden_RG))
+        logits = self._buffer_CU[: chunk.num_teachers]
+        logits_into(logits, self._hidden_RG[chunk.teachers], self._head_UG)
+        return logits
+
+
+def _part(side: Tensor | None, part: slice) -> Tensor | None:
+    return None if side is None else side[part]
+
+
+@torch.library.custom_op("specforge_ext::draft_loss", mutates_args=())
+def draft_loss_op(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    teacher_hidden_RG: Tensor | None,
+    teacher_head_UG: Tensor | None,
+    teacher_lse_R: Tensor | None,
+    teacher_argmax_R: Tensor | None,
+    label_R: Tensor | None,
+    kl_weight_N: Tensor | None,
+    row_to_teacher_N: Tensor,
+    row_weight_N: Tensor,
+    row_step_N: Tensor,
+    num_teachers: int,
+    num_steps: int,
+    kind: str,
+    temperature: float,
+    beta: float,
+    hard_weight: float,
+    workspace_bytes: int,
+    wants_hidden_grad: bool,
+    wants_head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss_sum [], sums [7, L] of `step_sums`, d loss_sum / d hidden, d loss_sum / d head).
+
+    A gradient that is not wanted is an empty tensor.
+    """
+    num_rows, vocab = hidden_NH.shape[0], head_VH.shape[0]
+    dtype = logits_dtype(hidden_NH)
+    teacher = _Teacher(teacher_hidden_RG, teacher_head_UG)
+    chunks = _plan(
+        row_to_teacher_N,
+        num_teachers,
+        row_bytes=vocab * dtype.itemsize,
+        teacher_bytes=teacher.row_bytes,
+        workspace_bytes=workspace_bytes,
+    )
+    hidden_grad_NH = torch.empty_like(
+        hidden_NH if wants_hidden_grad else hidden_NH[:0], memory_format=torch.contiguous_format
+    )
+    head_grad = HeadGrad(head_VH, num_chunks=len(chunks)) if wants_head_grad else None
+    loss_N, accepted_N, top_prob_N, entropy_N = (
+        hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(4)
+    )
+    correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
+    most_rows = max((chunk.num_rows for chunk in chunks), default=0)
+    most_teachers = max((chunk.num_teachers for chunk in chunks), default=0)
+    logits_CV = empty_buffer(hidden_NH, (most_rows, vocab), dtype)
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        for chunk in chunks:
+            rows, teachers = chunk.rows, chunk.teachers
+            logits, weight = logits_CV[: chunk.num_rows], row_weight_N[rows]
+            # 0 * NaN is NaN: a row of weight 0 must not reach the product of the head's gradient.
+            hidden = hidden_NH[rows].masked_fill(weight[:, None] == 0, 0)
+            logits_into(logits, hidden, head_VH)
+            _C.loss_rows(
+                logits,
+                teacher.logits(chunk, most_rows=most_teachers),
+                row_to_teacher_N[rows] - chunk.teacher,
+                weight,
+                loss_N[rows],
+                accepted_N[rows],
+                correct_N[rows],
+                top_prob_N[rows],
+                entropy_N[rows],
+                kind=kind,
+                temperature=temperature,
+                beta=beta,
+                hard_weight=hard_weight,
+                writes_gradient=wants_hidden_grad or wants_head_grad,
+                teacher_lse=_part(teacher_lse_R, teachers),
+                teacher_argmax=_part(teacher_argmax_R, teachers),
+                label=_part(label_R, teachers),
+                kl_weight=_part(kl_weight_N, rows),
+                stream=stream_of(logits),
+            )
+            if wants_hidden_grad:
+                hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
+            if head_grad:
+                head_grad.add(logits, hidden)
+    sums_7L = hidden_NH.new_empty((7, num_steps), dtype=torch.float64)
+    _C.step_sums(
+        loss_N,
+        accepted_N,
+        correct_N,
+        top_prob_N,
+        entropy_N,
+        row_weight_N,
+        row_step_N,
+        sums_7L,
+        stream_of(loss_N),
+    )
+    loss_sum = sums_7L[4].sum().float()
+    head_grad_VH = head_grad.result() if head_grad else head_VH.new_empty(0)
+    return loss_sum, sums_7L, hidden_grad_NH, head_grad_VH
+
+
+@draft_loss_op.register_fake
+def _(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    teacher_hidden_RG: Tensor | None,
+    teacher_head_UG: Tensor | None,
+    teacher_lse_R: Tensor | None,
+    teacher_argmax_R: Tensor | None,
+    label_R: Tensor | None,
+    kl_weight_N: Tensor | None,
+    row_to_teacher_N: Tensor,
+    row_weight_N: Tensor,
+    row_step_N: Tensor,
+    num_teachers: int,
+    num_steps: int,
+    kind: str,
+    temperature: float,
+    beta: float,
+    hard_weight: float,
+    workspace_bytes: int,
+    wants_hidden_grad: bool,
+    wants_head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        hidden_NH.new_empty((), dtype=torch.float32),
+        hidden_NH.new_empty((7, num_steps), dtype=torch.float64),
+        hidden_NH.new_empty(hidden_NH.shape if wants_hidden_grad else (0, hidden_NH.shape[1])),
+        head_VH.new_empty(head_VH.shape if wants_head_grad else (0,)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wants, ctx.num_inputs = inputs[-2:], len(inputs)
+    ctx.save_for_backward(*output[2:])
+    # Or every backward would fill zeros of the size of the gradients, for outputs nobody uses.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph: its result would lack the terms of this op
+        raise RuntimeError("draft_loss: second derivatives are not available (create_graph=True)")
+    grads: list[Tensor | None] = [None, None]
+    if grad_loss is not None:
+        for k, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
+            grads[k] = _scaled(saved, grad_loss) if wanted else None
+    return (*grads, *(None for _ in range(ctx.num_inputs - 2)))
+
+
+def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
+    """saved * grad_loss, in the memory of `saved` where no later backward can want it.
+
+    The head's gradient is the largest tensor of a step: a copy costs page faults and memory. With
+    retain_graph, and while a compiler traces (a subclass of Tensor), it is a copy nevertheless.
+    """
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+    if keeps or type(grad_loss) is not Tensor:
+        return saved * grad_loss
+    if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+        return saved
+    return saved.mul_(grad_loss)
+
+
+draft_loss_op.register_autograd(_backward, setup_context=_save)
