@@ -23,12 +23,12 @@ __all__: list[str] = [
     "cuda_compiled",
     "has_fast_bf16",
     "isa",
+    "loss_rows",
     "own_keys_grads",
     "own_keys_merge",
     "pack_samples",
     "row_stats",
     "set_isa",
-    "soft_ce_rows",
     "step_sums",
     "ttt_counts",
     "ttt_fill",
@@ -134,6 +134,28 @@ def crc32c_table(
 ) -> int: ...
 def has_fast_bf16() -> bool: ...
 def isa() -> str: ...
+def loss_rows(
+    logits: torch.Tensor,
+    teacher: torch.Tensor | None,
+    row_to_teacher: torch.Tensor,
+    weight: torch.Tensor,
+    loss: torch.Tensor,
+    accepted: torch.Tensor,
+    correct: torch.Tensor,
+    top_prob: torch.Tensor,
+    entropy: torch.Tensor,
+    *,
+    kind: str,
+    temperature: typing.SupportsFloat | typing.SupportsIndex,
+    beta: typing.SupportsFloat | typing.SupportsIndex,
+    hard_weight: typing.SupportsFloat | typing.SupportsIndex,
+    writes_gradient: bool,
+    teacher_lse: torch.Tensor | None = None,
+    teacher_argmax: torch.Tensor | None = None,
+    label: torch.Tensor | None = None,
+    kl_weight: torch.Tensor | None = None,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
 def own_keys_grads(
     grad_out: torch.Tensor,
     query: torch.Tensor,
@@ -177,21 +199,12 @@ def row_stats(
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
 def set_isa(name: str) -> None: ...
-def soft_ce_rows(
-    logits: torch.Tensor,
-    teacher: torch.Tensor,
-    row_to_teacher: torch.Tensor,
-    weight: torch.Tensor,
-    teacher_lse: torch.Tensor,
-    loss: torch.Tensor,
-    accepted: torch.Tensor,
-    correct: torch.Tensor,
-    stream: typing.SupportsInt | typing.SupportsIndex = 0,
-) -> None: ...
 def step_sums(
     loss: torch.Tensor,
     accepted: torch.Tensor,
     correct: torch.Tensor,
+    top_prob: torch.Tensor,
+    entropy: torch.Tensor,
     weight: torch.Tensor,
     step: torch.Tensor,
     sums: torch.Tensor,
