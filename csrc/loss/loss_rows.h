@@ -13,7 +13,7 @@
 //   kReverseKl  sum q log(q / p)                       q (s - sum q s),  s = log(q / p)
 //   kJsd        beta KL(p, m) + (1 - beta) KL(q, m)    (1 - beta) q (s - sum q s),  s = log(q / m)
 //   kL1         sum |q - p|  (twice the TV distance)   q (s - sum q s),  s = sign(q - p)
-//   kLkAlpha    -log a; 0 where a = 0                  -q ([q < pt] - b) / a
+//   kLkAlpha    -log a; 0 where a = 0                  -q ([q < pt] - b) / a; 0 where a = 0
 //   kLkLambda   w (-sum p log q) + (1 - w) (1 - a)     w (q - p) - (1 - w) q ([q < pt] - b)
 //
 //   loss[n]   = K[n] + hard_weight * (-log q[y])       hard_weight 0: label is not read
@@ -38,13 +38,16 @@
 //   loss, accepted, top_prob, entropy  [rows]  f32   not weighted
 //   correct         [rows]          u8
 //
+// LK-alpha takes an a below the least normal float (1.2e-38) for 0: 1 / a may not overflow.
+//
 // Absent: a view of rank 0. With teacher_lse, columns of teacher at and past vocab are not read,
 // and the argmax is teacher_argmax, or that of the first vocab columns. Without teacher_lse both
 // come from all columns, and teacher_argmax must be absent.
 //
 // writes_gradient false: logits are left as they are (metrics, the first phase of LK-lambda).
-// weight[n] = 0: neither the row nor (for this row) its teacher is read, so both may hold NaN; the
-// row becomes zeros where gradients are written, and all its results are 0.
+// weight[n] = 0: neither the row nor (for this row) its teacher, label and kl_weight are read, so
+// that these may hold NaN and any index; the row becomes zeros where gradients are written, and all
+// its results are 0. Its row_to_teacher must still be in range.
 // An index or label outside its range is an ArgumentError on the CPU; on CUDA, where looking would
 // synchronise, the row is treated as one of weight 0 and its loss is NaN.
 //
