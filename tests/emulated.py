@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+EMULATOR = CSRC / "emu" / "emu.cpp"
 BUILD = ROOT / "build" / "emu"
 BUILD_TIMEOUT_S = 300
 RUN_TIMEOUT_S = 120
@@ -33,7 +35,11 @@ _FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unkno
 _INCLUDES = ("-I", str(CSRC / "emu"), "-I", str(CSRC))
 _SANITIZERS = {
     "plain": ((), ()),
-    "asan": (("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"), ("SF_EMU_ASAN",)),
+    # -O0: the optimiser takes most of a minute for what UBSan makes of the row kernels
+    "asan": (
+        ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0"),
+        ("SF_EMU_ASAN",),
+    ),
     "tsan": (("-fsanitize=thread",), ("SF_EMU_TSAN",)),
 }
 
@@ -45,8 +51,8 @@ def unavailable_reason() -> str | None:
     return None if shutil.which("g++") else "the emulator is built by g++, which is not installed"
 
 
-def _compile(flags: tuple[str, ...], sources: list[Path], target: Path) -> Path:
-    """Compiles unless it was done before: the target's name gets the hash of sources and flags."""
+def _build(flags: tuple[str, ...], sources: list[Path], target: Path) -> Path:
+    """Runs g++ unless it was done before: the target's name gets the hash of sources and flags."""
     digest = hashlib.sha256(" ".join(flags).encode())
     headers = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh")]
     for path in sorted({*headers, *sources}):
@@ -56,17 +62,24 @@ def _compile(flags: tuple[str, ...], sources: list[Path], target: Path) -> Path:
         return target
     BUILD.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.stem}.{os.getpid()}.tmp")
-    inputs = [
-        arg
-        for p in sources
-        for arg in (("-x", "none") if p.suffix == ".o" else ("-x", "c++")) + (str(p),)
-    ]
+    language = () if sources[0].suffix == ".o" else ("-x", "c++")
+    inputs = [*language, *map(str, sources)]
     command = ["g++", *_FLAGS, *flags, *_INCLUDES, *inputs, "-o", str(temporary)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     temporary.rename(target)
     return target
+
+
+def _objects(kind: str, flags: tuple[str, ...], sources: list[Path]) -> list[Path]:
+    """One object per source, compiled side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(
+            pool.map(
+                lambda p: _build(("-c", *flags), [p], BUILD / f"{p.stem}_{kind}.o"), sources
+            )
+        )
 
 
 def _op_sources() -> list[Path]:
@@ -84,13 +97,11 @@ def _op_sources() -> list[Path]:
 def program(sanitizer: str) -> Path:
     """The executable of sanitized_main.cpp. Only the emulator's own file is left uninstrumented."""
     flags, defines = _SANITIZERS[sanitizer]
-    machine = _compile(
-        ("-c", *(f"-D{name}" for name in defines)),
-        [CSRC / "emu" / "emu.cpp"],
-        BUILD / f"machine-{sanitizer}.o",
+    machine = _objects(sanitizer, tuple(f"-D{name}" for name in defines), [EMULATOR])
+    sources = [*_op_sources(), CSRC / "emu" / "sanitized_main.cpp"]
+    return _build(
+        flags, [*_objects(sanitizer, flags, sources), *machine], BUILD / f"main-{sanitizer}"
     )
-    sources = [*_op_sources(), CSRC / "emu" / "sanitized_main.cpp", machine]
-    return _compile(flags, sources, BUILD / f"main-{sanitizer}")
 
 
 def run_program(sanitizer: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -101,8 +112,9 @@ def run_program(sanitizer: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    sources = [*_op_sources(), CSRC / "emu" / "emu.cpp", CSRC / "emu" / "ops_abi.cpp"]
-    loaded = ctypes.CDLL(str(_compile(("-fPIC", "-shared"), sources, BUILD / "ops.so")))
+    sources = [*_op_sources(), EMULATOR, CSRC / "emu" / "ops_abi.cpp"]
+    objects = _objects("plain", ("-fPIC",), sources)
+    loaded = ctypes.CDLL(str(_build(("-shared",), objects, BUILD / "ops.so")))
     for name in (*OPS, "planted"):
         getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
     return loaded
