@@ -76,9 +76,7 @@ def _objects(kind: str, flags: tuple[str, ...], sources: list[Path]) -> list[Pat
     """One object per source, compiled side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(
-            pool.map(
-                lambda p: _build(("-c", *flags), [p], BUILD / f"{p.stem}_{kind}.o"), sources
-            )
+            pool.map(lambda p: _build(("-c", *flags), [p], BUILD / f"{p.stem}_{kind}.o"), sources)
         )
 
 

@@ -163,7 +163,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     auto& call = *static_cast<Closure*>(memory);
     std::apply(call.kernel, call.params);
   };
-  ::sf::emu::run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                      cluster, config->dynamicSmemBytes, body, &closure);
+  ::sf::emu::run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster,
+                      config->dynamicSmemBytes, body, &closure);
   return cudaSuccess;
 }

@@ -45,8 +45,8 @@ struct Fiber {
   void* sp = nullptr;
   char* stack = nullptr;  // lowest usable byte
   State state = State::kReturned;
-  Place place;  // where it waits
-  bool arrived = false;  // at the cluster barrier, without having waited yet
+  Place place;                      // where it waits
+  bool arrived = false;             // at the cluster barrier, without having waited yet
   unsigned cluster_generation = 0;  // of that barrier
   ThreadContext context;
 #if defined(SF_EMU_TSAN)
@@ -87,9 +87,9 @@ struct Machine {
   std::vector<Warp> warps;
   std::vector<Block> blocks;
   ClusterBarrier cluster;
-  unsigned num_threads = 0;  // of one block
+  unsigned num_threads = 0;                 // of one block
   uint64_t block_begin = 0, block_end = 0;  // addresses for order_memory
-  unsigned running = 0;  // index of the fiber on the core
+  unsigned running = 0;                     // index of the fiber on the core
   void* scheduler_sp = nullptr;
   std::exception_ptr failure;
   Body body = nullptr;

@@ -13,8 +13,8 @@
 //   * threads that wait at different barriers, or for one that has returned, end the launch with
 //   Error.
 //   * a block's shared memory is poisoned again when its last thread returns, so a peer of the
-//     cluster that reads it later sees NaN; one that touches it before any cluster barrier, when the
-//     block may not have started, ends the launch with Error.
+//     cluster that reads it later sees NaN; one that touches it before any cluster barrier, when
+//     the block may not have started, ends the launch with Error.
 // Stricter than the hardware on purpose: warp collectives take the full mask only, blocks are whole
 // warps, a thread may not return while others wait, and each arrival at the cluster barrier needs
 // its wait. Not modelled: memory between blocks of one

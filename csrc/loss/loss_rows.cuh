@@ -44,24 +44,28 @@ struct Shared {
   float hot_student, hot_teacher;  // logits at the label
 };
 
-// A row's four indices and numbers, checked.
 struct RowInputs {
   int64_t source;
-  float weight;
-  int label;  // -1: none
-  bool known, scored;
+  bool known;   // its indices are in range
+  bool scored;  // known, and not of weight 0
 };
 
 template <class Z, class T>
 __device__ __forceinline__ RowInputs row_inputs(const Operands<Z, T>& args, int64_t row) {
-  RowInputs in{args.row_to_teacher[row], args.weight[row], -1, true, false};
+  RowInputs in{args.row_to_teacher[row], false, false};
   in.known = in.source >= 0 && in.source < args.teacher_rows;
-  in.scored = in.known && in.weight != 0.0f;
+  in.scored = in.known && args.weight[row] != 0.0f;
   if (in.scored && args.label != nullptr) {
-    in.label = args.label[in.source];
-    in.known = in.scored = in.label >= 0 && in.label < args.vocab;
+    const int label = args.label[in.source];
+    in.known = in.scored = label >= 0 && label < args.vocab;
   }
   return in;
+}
+
+// Of a scored row. Read anew where it is needed: cheaper than a register over all passes.
+template <class Z, class T>
+__device__ __forceinline__ int label_of(const Operands<Z, T>& args, int64_t row) {
+  return args.label[args.row_to_teacher[row]];
 }
 
 template <Access kAccess, class Z, class T, class Team>
@@ -99,6 +103,10 @@ __device__ __forceinline__ OnlineSoftmax rest_stats(T t, int vocab, int teacher_
   return stats;
 }
 
+__device__ __forceinline__ void shift_argmax(OnlineSoftmax& stats, int by) {
+  if (stats.argmax != INT_MAX) stats.argmax += by;
+}
+
 template <class Team>
 __device__ __forceinline__ Slice slice_of(const Team& team, unsigned steps) {
   const unsigned each = (steps + team.size() - 1) / team.size();
@@ -130,10 +138,10 @@ __device__ __forceinline__ TeacherChoice teacher_choice(const Operands<Z, T>& ar
 }
 
 // Three passes over a row at most: softmax; sums (and the gradient, where it needs none of them);
-// gradient. From memory, per row: vocab * (student + teacher element) bytes in, vocab * student out;
-// without teacher_lse also (teacher_vocab - vocab) * sizeof(T) in. Held rows are read once; the
-// others again in every pass, from L2. Neighbouring rows with one teacher find it in L2 too. A row
-// of weight 0: nothing in, vocab * sizeof(Z) out.
+// gradient. From memory, per row: vocab * (student + teacher element) bytes in, vocab * student
+// out; without teacher_lse also (teacher_vocab - vocab) * sizeof(T) in. Held rows are read once;
+// the others again in every pass, from L2. Neighbouring rows with one teacher find it in L2 too. A
+// row of weight 0: nothing in, vocab * sizeof(Z) out.
 template <Group kGroup, Access kAccess, class Z, class T, class Team>
 __device__ __forceinline__ void loss_row(const Operands<Z, T>& args, Team team) {
   constexpr bool kTeacher = has_teacher(kGroup);
@@ -141,7 +149,8 @@ __device__ __forceinline__ void loss_row(const Operands<Z, T>& args, Team team) 
   const Recipe& recipe = args.recipe;
   const float rate = recipe.rate;
   const int64_t row = team.row();
-  const bool writes = team.rank() == 0 && threadIdx.x == 0;
+  const auto writes = [&] { return team.rank() == 0 && threadIdx.x == 0; };
+  const bool has_label = args.label != nullptr;
   const Z z = args.logits + row * args.vocab;
   const Slice slice = slice_of(team, args.vocab / kSize);
   const RowInputs in = row_inputs(args, row);
@@ -151,13 +160,14 @@ __device__ __forceinline__ void loss_row(const Operands<Z, T>& args, Team team) 
   auto& shared = shared_storage<Shared<Team::kSlots>>();
   const T t = kTeacher ? args.teacher + in.source * args.teacher_vocab : args.teacher;
   Rows<kAccess, kTeacher, Z, T> rows;
-  rows.z = z;
-  rows.t = t;
-  rows.slice = slice;
+  rows.z = z + slice.begin * kSize;
+  rows.t = kTeacher ? t + slice.begin * kSize : t;
+  rows.count = slice.count;
   rows.fetch();
-  if (writes && in.label >= 0) {
-    shared.hot_student = load_one(z + in.label);
-    shared.hot_teacher = kTeacher ? load_one(t + in.label) : 0.0f;
+  if (has_label && writes()) {
+    const int label = label_of(args, row);
+    shared.hot_student = load_one(z + label);
+    shared.hot_teacher = kTeacher ? load_one(t + label) : 0.0f;
   }
 
   // Pass 1.
@@ -166,6 +176,10 @@ __device__ __forceinline__ void loss_row(const Operands<Z, T>& args, Team team) 
     pair.student.add(x, first, rate);
     if constexpr (kTeacher) pair.teacher.add(y, first, rate);
   });
+  if (team.rank() != 0) {
+    shift_argmax(pair.student, slice.begin * kSize);
+    shift_argmax(pair.teacher, slice.begin * kSize);
+  }
   const auto merge_pairs = [rate](RowPair& a, const RowPair& b) {
     a.student.merge(b.student, rate);
     if constexpr (kTeacher) a.teacher.merge(b.teacher, rate);
@@ -173,20 +187,25 @@ __device__ __forceinline__ void loss_row(const Operands<Z, T>& args, Team team) 
   team.put(warp_reduce(pair, merge_pairs), shared.pairs);
   if (kTeacher && args.teacher_lse == nullptr && args.teacher_vocab > args.vocab) {
     const auto merge = [rate](OnlineSoftmax& a, const OnlineSoftmax& b) { a.merge(b, rate); };
-    const OnlineSoftmax rest =
-        rest_stats<kAccess>(t, args.vocab, args.teacher_vocab, team, rate);
+    const OnlineSoftmax rest = rest_stats<kAccess>(t, args.vocab, args.teacher_vocab, team, rate);
     team.put(warp_reduce(rest, merge), shared.rest);
   }
   team.sync();
   pair = gather(shared.pairs, team.slots(), merge_pairs);
   TeacherChoice choice{};
   if constexpr (kTeacher) {
-    choice = teacher_choice(args, in.source, pair.teacher, shared.rest, team.slots());
+    choice =
+        teacher_choice(args, args.row_to_teacher[row], pair.teacher, shared.rest, team.slots());
   }
   const Scales scales = make_scales<kGroup>(recipe, pair, choice.one_over_full);
+  if (writes()) {
+    if constexpr (!kTeacher) choice.argmax = label_of(args, row);
+    args.correct[row] = pair.student.argmax == choice.argmax;
+    args.top_prob[row] = scales.student_scale;
+  }
 
   // Pass 2. Without a third one it also writes the gradient.
-  Coefficients coefficients = scaled(1, 0, 1, recipe, scales, in.weight);
+  Coefficients coefficients = scaled(1, 0, 1, recipe, scales, args.weight[row]);
   Sums sums = Sums::identity();
   const auto add = [&](auto& x, const auto& y, int) {
 #pragma unroll
@@ -200,29 +219,25 @@ __device__ __forceinline__ void loss_row(const Operands<Z, T>& args, Team team) 
   team.put(warp_reduce(sums, merge_sums<kGroup>), shared.sums);
   team.sync();
   sums = gather(shared.sums, team.slots(), merge_sums<kGroup>);
-  const float log_sum = logf(pair.student.sum);
+  const float log_sum = -logf(scales.student_scale);
   Outcome result{};
   if constexpr (kTeacher) {
     const float kl_weight = args.kl_weight != nullptr ? args.kl_weight[row] : 0.0f;
-    result = outcome<kGroup>(recipe, scales, sums, log_sum, in.weight, kl_weight);
+    result = outcome<kGroup>(recipe, scales, sums, log_sum, args.weight[row], kl_weight);
     coefficients = result.coefficients;
   }
-  bool correct = pair.student.argmax == choice.argmax;
-  if (writes && in.label >= 0) {
+  if (has_label && writes()) {
     const float hard = log_sum - (shared.hot_student - scales.student_max) / recipe.temperature;
     if constexpr (kTeacher) {
       result.loss += recipe.hard_weight * hard;
     } else {
       result = {hard, expf(-hard), {}};
-      correct = pair.student.argmax == in.label;
     }
   }
-  if (writes) {
+  if (writes()) {
     args.loss[row] = result.loss;
     args.accepted[row] = result.accepted;
-    args.top_prob[row] = scales.student_scale;
     args.entropy[row] = log_sum - kLn2 * sums.entropy * scales.student_scale;
-    args.correct[row] = correct;
   }
   if (!recipe.writes_gradient) return;
 
@@ -235,15 +250,15 @@ __device__ __forceinline__ void loss_row(const Operands<Z, T>& args, Team team) 
       }
     };
     rows.rewrite(differentiate, true);
-    if (in.label >= 0) team.sync();
+    if (has_label) team.sync();
   }
 
   // The label's element once more, after all threads wrote theirs.
-  if (writes && in.label >= 0) {
+  if (has_label && writes()) {
     const float hard_weight = kTeacher ? recipe.hard_weight : 1.0f;
     const Terms hot = make_terms<kGroup>(shared.hot_student, shared.hot_teacher, scales);
-    store_one(z + in.label, gradient<kGroup>(hot, scales, coefficients) -
-                                hard_weight * in.weight / recipe.temperature);
+    store_one(z + label_of(args, row), gradient<kGroup>(hot, scales, coefficients) -
+                                           hard_weight * args.weight[row] / recipe.temperature);
   }
 }
 

@@ -73,18 +73,18 @@ __device__ __forceinline__ void fill_zero(Z z, const Slice& slice) {
   }
 }
 
-// Z and T: pointers to the elements, or AnyRow. A thread owns every blockDim-th step of the slice, in ascending order. Without kTeacher the
-// second argument of f is all zeros.
+// Z and T: pointers to the elements, or AnyRow. A thread owns every blockDim-th step, in ascending
+// order. Without kTeacher the second argument of f is all zeros.
 template <Access kAccess, bool kTeacher, class Z, class T>
 struct Rows {
   static constexpr int kSize = kWidth<kAccess>;
   Z z;
   T t;
-  Slice slice;
+  unsigned count;  // steps
 
   __device__ __forceinline__ void fetch() {}
 
-  // f(x, y, index of x[0]) for every step. The rows stay as they are.
+  // f(x, y, index of x[0] from z) for every step. The rows stay as they are.
   template <class F>
   __device__ __forceinline__ void visit(F f) {
     rewrite(f, false);
@@ -94,8 +94,8 @@ struct Rows {
   template <class F>
   __device__ __forceinline__ void rewrite(F f, bool writes) {
     float x[kSize], y[kSize] = {};
-    for (unsigned i = threadIdx.x; i < slice.count; i += blockDim.x) {
-      const unsigned at = (slice.begin + i) * kSize;
+    for (unsigned i = threadIdx.x; i < count; i += blockDim.x) {
+      const unsigned at = i * kSize;
       load(z + at, x);
       if constexpr (kTeacher) load(t + at, y);
       f(x, y, at);
@@ -109,7 +109,7 @@ struct Rows<Access::kHeld, kTeacher, Z*, const T*> {
   static constexpr int kCount = kHeldChunks<Z>;
   Z* z;
   const T* t;
-  Slice slice;
+  unsigned count;
   Chunk<Z> student[kCount];
   Chunk<T> teacher[kCount];
 
@@ -118,9 +118,9 @@ struct Rows<Access::kHeld, kTeacher, Z*, const T*> {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const unsigned i = threadIdx.x + k * blockDim.x;
-      if (i < slice.count) {
-        student[k] = load_chunk(z + (slice.begin + i) * kChunk);
-        if constexpr (kTeacher) teacher[k] = load_chunk(t + (slice.begin + i) * kChunk);
+      if (i < count) {
+        student[k] = load_chunk(z + i * kChunk);
+        if constexpr (kTeacher) teacher[k] = load_chunk(t + i * kChunk);
       }
     }
   }
@@ -136,8 +136,8 @@ struct Rows<Access::kHeld, kTeacher, Z*, const T*> {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const unsigned i = threadIdx.x + k * blockDim.x;
-      if (i < slice.count) {
-        const unsigned at = (slice.begin + i) * kChunk;
+      if (i < count) {
+        const unsigned at = i * kChunk;
         unpack(student[k], x);
         if constexpr (kTeacher) unpack(teacher[k], y);
         f(x, y, at);

@@ -46,8 +46,9 @@ void launch_rows(const Operands<Z, T>& operands, unsigned threads, Stream stream
 }
 
 void run_scalar(const LossRows& args, const LossSpec& spec, Stream stream) {
-  const auto operands = operands_of(args, spec, AnyRow{args.logits.data, args.logits.dtype == kBF16},
-                                    AnyRow{args.teacher.data, args.teacher.dtype == kBF16});
+  const auto operands =
+      operands_of(args, spec, AnyRow{args.logits.data, args.logits.dtype == kBF16},
+                  AnyRow{args.teacher.data, args.teacher.dtype == kBF16});
   for_group(spec.kind, [&]<Group kGroup>() {
     launch_rows<kGroup, Access::kScalar>(operands, threads_for(operands.vocab, kStreamedThreads),
                                          stream);
@@ -75,10 +76,10 @@ void run(const LossRows& args, const LossSpec& spec, Access access, Stream strea
 RowTraits traits_of(const LossRows& args) {
   const bool teacher_aligned = args.teacher.rank == 0 || (args.teacher.shape[1] % kChunk == 0 &&
                                                           vector_aligned(args.teacher.data));
-  return {capability_major(args.logits.device), args.logits.shape[1], args.logits.dtype,
-          teacher_dtype(args),
-          args.logits.shape[1] % kChunk == 0 && vector_aligned(args.logits.data) &&
-              teacher_aligned};
+  return {
+      capability_major(args.logits.device), args.logits.shape[1], args.logits.dtype,
+      teacher_dtype(args),
+      args.logits.shape[1] % kChunk == 0 && vector_aligned(args.logits.data) && teacher_aligned};
 }
 
 }  // namespace

@@ -32,7 +32,9 @@ constexpr unsigned kHeldThreads = 1024;
 
 // Elements of each of its two rows that one thread keeps, raw: 16 + 16 of the 64 registers that a
 // thread of a 1024-thread block may have.
-constexpr int64_t held_elements(DType dtype) { return 64 / static_cast<int64_t>(dtype_size(dtype)); }
+constexpr int64_t held_elements(DType dtype) {
+  return 64 / static_cast<int64_t>(dtype_size(dtype));
+}
 
 // A row that fits one block's registers is held there (bf16: 32768 elements, f32: 16384); a longer
 // one by the smallest cluster that holds it, where the device has clusters (bf16: 262144, f32:

@@ -16,13 +16,12 @@ constexpr int kSlots = kMaxCluster * kMaxWarps;
 // ends.
 struct ClusterTeam {
   static constexpr int kSlots = cuda::kSlots;
-  unsigned rank_ = cluster_rank(), size_ = cluster_size();
   bool met = false;  // a constant once inlined
 
-  __device__ __forceinline__ int64_t row() const { return blockIdx.x / size_; }
-  __device__ __forceinline__ unsigned rank() const { return rank_; }
-  __device__ __forceinline__ unsigned size() const { return size_; }
-  __device__ __forceinline__ unsigned slots() const { return size_ * (blockDim.x / kWarpSize); }
+  __device__ __forceinline__ int64_t row() const { return blockIdx.x / size(); }
+  __device__ __forceinline__ unsigned rank() const { return cluster_rank(); }
+  __device__ __forceinline__ unsigned size() const { return cluster_size(); }
+  __device__ __forceinline__ unsigned slots() const { return size() * (blockDim.x / kWarpSize); }
   // "I have started", which peers wait for before they write here; the loads run meanwhile.
   __device__ __forceinline__ void begin() const { cluster_arrive(); }
   template <class T>
@@ -30,8 +29,8 @@ struct ClusterTeam {
     if (!met) cluster_wait();
     met = true;
     const unsigned lane = threadIdx.x % kWarpSize;
-    T* slot = partial + rank_ * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
-    if (lane < size_) *peer_shared(slot, lane) = value;
+    T* slot = partial + rank() * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
+    if (lane < size()) *peer_shared(slot, lane) = value;
   }
   __device__ __forceinline__ void sync() const {
     cluster_arrive();
@@ -57,10 +56,9 @@ template <class T>
 void run(const LossRows& args, const LossSpec& spec, unsigned cluster, Stream stream) {
   const auto operands = operands_of(args, spec, args.logits.as<T>(), args.teacher.as<const T>());
   const int64_t chunks = operands.vocab / kChunk;
-  const LaunchShape shape{
-      blocks_for_rows("loss_rows", args.logits.shape[0] * cluster),
-      held_threads((chunks + cluster - 1) / cluster, args.logits.dtype), sizeof(Shared<kSlots>),
-      cluster};
+  const LaunchShape shape{blocks_for_rows("loss_rows", args.logits.shape[0] * cluster),
+                          held_threads((chunks + cluster - 1) / cluster, args.logits.dtype),
+                          sizeof(Shared<kSlots>), cluster};
   for_group(spec.kind, [&]<Group kGroup>() {
     launch(shape, stream, loss_rows_cluster_kernel<kGroup, T>, operands);
   });

@@ -108,8 +108,7 @@ __device__ __forceinline__ Terms make_terms(float x, float y, const Scales& row)
 
 // log2 m. The floor keeps it finite where q and p are both 0; it is below any m that counts.
 __device__ __forceinline__ float log2_mixture(const Terms& t, const Scales& row) {
-  return log2_positive(
-      fmaxf(t.student * row.student_mix + t.teacher * row.teacher_mix, FLT_MIN));
+  return log2_positive(fmaxf(t.student * row.student_mix + t.teacher * row.teacher_mix, FLT_MIN));
 }
 
 template <Group kGroup>

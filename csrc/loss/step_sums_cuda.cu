@@ -54,10 +54,10 @@ __global__ void __launch_bounds__(kThreads) step_sums_kernel(const Operands args
 
 void step_sums(const StepSums& args, Stream stream) {
   const DeviceScope device(args.sums.device);
-  const Operands operands{args.loss.as<const float>(),   args.accepted.as<const float>(),
+  const Operands operands{args.loss.as<const float>(),     args.accepted.as<const float>(),
                           args.top_prob.as<const float>(), args.entropy.as<const float>(),
-                          args.weight.as<const float>(), args.correct.as<const uint8_t>(),
-                          args.step.as<const int32_t>(), args.loss.shape[0]};
+                          args.weight.as<const float>(),   args.correct.as<const uint8_t>(),
+                          args.step.as<const int32_t>(),   args.loss.shape[0]};
   launch({static_cast<unsigned>(args.sums.shape[1]), threads_for(operands.rows, kThreads),
           sizeof(Shared)},
          stream, step_sums_kernel, operands, args.sums.as<double>());
