@@ -100,11 +100,11 @@ def kernel(name: str, arch: str, sass: str) -> object:
 
 def test_cluster_kernel_without_its_instructions_is_named() -> None:
     name = "loss_rows_cluster_kernel<(Group)1, bf16>"
-    whole = "LDG.E.128 STG.E.128 UCGABAR_ARV UCGABAR_WAIT MAPA"
+    whole = "LDG.E.128 STG.E.128 UCGABAR_ARV UCGABAR_WAIT ST.E"
     assert kernel(name, "90a", whole).failures() == []
     assert kernel(name, "80", "EXIT").failures() == []
     assert kernel(name, "100", "LDG.E.128 STG.E.128").failures() == [
-        f"{name} on sm_100: no {sass}" for sass in ("UCGABAR_ARV", "UCGABAR_WAIT", "MAPA")
+        f"{name} on sm_100: no {sass}" for sass in ("UCGABAR_ARV", "UCGABAR_WAIT", " ST.E")
     ]
     assert "code where there are no clusters" in kernel(name, "80", whole).failures()[0]
 

@@ -31,9 +31,16 @@ WANTED_SASS = {
     r"row_stats_kernel<": ("LDG.E.128",),
     r"loss_rows_kernel<\(Group\)\d, \(Access\)[01],": ("LDG.E.128", "STG.E.128"),
 }
-# The same on compute capability 9.0 and up; below, these kernels must be empty stubs.
+# The same on compute capability 9.0 and up, where mapa becomes arithmetic and the store to a peer's
+# shared memory a generic one, ST.E, which these kernels have no other use for; below, these kernels must be empty stubs.
 WANTED_SASS_SM90 = {
-    r"loss_rows_cluster_kernel<": ("LDG.E.128", "STG.E.128", "UCGABAR_ARV", "UCGABAR_WAIT", "MAPA"),
+    r"loss_rows_cluster_kernel<": (
+        "LDG.E.128",
+        "STG.E.128",
+        "UCGABAR_ARV",
+        "UCGABAR_WAIT",
+        " ST.E",
+    ),
 }
 MUST_EXIST = ("loss_rows_kernel<", "loss_rows_cluster_kernel<")
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
