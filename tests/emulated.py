@@ -13,24 +13,44 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+EMULATOR = CSRC / "emu" / "emu.cpp"
 BUILD = ROOT / "build" / "emu"
 BUILD_TIMEOUT_S = 300
 RUN_TIMEOUT_S = 120
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+LOSS_KINDS = ("hard_ce", "soft_ce", "reverse_kl", "jsd", "l1", "lk_alpha", "lk_lambda")
+OPS = (
+    "row_stats",
+    "loss_rows",
+    "loss_rows_plan",
+    "step_sums",
+    "ttt_counts",
+    "ttt_fill",
+    "pack_samples",
+    "own_keys_merge",
+    "own_keys_grads",
+)
+ACCESSES = ("held", "streamed", "scalar")
 
 _FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 _INCLUDES = ("-I", str(CSRC / "emu"), "-I", str(CSRC))
 _SANITIZERS = {
     "plain": ((), ()),
-    "asan": (("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"), ("SF_EMU_ASAN",)),
+    # -O0: the optimiser takes most of a minute for what UBSan makes of the row kernels
+    "asan": (
+        ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0"),
+        ("SF_EMU_ASAN",),
+    ),
     "tsan": (("-fsanitize=thread",), ("SF_EMU_TSAN",)),
 }
 
@@ -42,8 +62,8 @@ def unavailable_reason() -> str | None:
     return None if shutil.which("g++") else "the emulator is built by g++, which is not installed"
 
 
-def _compile(flags: tuple[str, ...], sources: list[Path], target: Path) -> Path:
-    """Compiles unless it was done before: the target's name gets the hash of sources and flags."""
+def _build(flags: tuple[str, ...], sources: list[Path], target: Path) -> Path:
+    """Runs g++ unless it was done before: the target's name gets the hash of sources and flags."""
     digest = hashlib.sha256(" ".join(flags).encode())
     headers = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh")]
     for path in sorted({*headers, *sources}):
@@ -53,11 +73,8 @@ def _compile(flags: tuple[str, ...], sources: list[Path], target: Path) -> Path:
         return target
     BUILD.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.stem}.{os.getpid()}.tmp")
-    inputs = [
-        arg
-        for p in sources
-        for arg in (("-x", "none") if p.suffix == ".o" else ("-x", "c++")) + (str(p),)
-    ]
+    language = () if sources[0].suffix == ".o" else ("-x", "c++")
+    inputs = [*language, *map(str, sources)]
     command = ["g++", *_FLAGS, *flags, *_INCLUDES, *inputs, "-o", str(temporary)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
     if done.returncode != 0:
@@ -66,10 +83,19 @@ def _compile(flags: tuple[str, ...], sources: list[Path], target: Path) -> Path:
     return target
 
 
+def _objects(kind: str, flags: tuple[str, ...], sources: list[Path]) -> list[Path]:
+    """One object per source, compiled side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(
+            pool.map(lambda p: _build(("-c", *flags), [p], BUILD / f"{p.stem}_{kind}.o"), sources)
+        )
+
+
 def _op_sources() -> list[Path]:
     kernels = sorted(CSRC.glob("[!e]*/*_cuda.cu"))
     return [
         *kernels,
+        CSRC / "loss" / "loss_rows_sm90.cu",  # by name: others may hold what no CPU can run
         CSRC / "emu" / "planted_bugs.cu",
         CSRC / "core" / "tensor_view.cpp",
         CSRC / "core" / "error.cpp",
@@ -80,13 +106,11 @@ def _op_sources() -> list[Path]:
 def program(sanitizer: str) -> Path:
     """The executable of sanitized_main.cpp. Only the emulator's own file is left uninstrumented."""
     flags, defines = _SANITIZERS[sanitizer]
-    machine = _compile(
-        ("-c", *(f"-D{name}" for name in defines)),
-        [CSRC / "emu" / "emu.cpp"],
-        BUILD / f"machine-{sanitizer}.o",
+    machine = _objects(sanitizer, tuple(f"-D{name}" for name in defines), [EMULATOR])
+    sources = [*_op_sources(), CSRC / "emu" / "sanitized_main.cpp"]
+    return _build(
+        flags, [*_objects(sanitizer, flags, sources), *machine], BUILD / f"main-{sanitizer}"
     )
-    sources = [*_op_sources(), CSRC / "emu" / "sanitized_main.cpp", machine]
-    return _compile(flags, sources, BUILD / f"main-{sanitizer}")
 
 
 def run_program(sanitizer: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -97,19 +121,10 @@ def run_program(sanitizer: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    sources = [*_op_sources(), CSRC / "emu" / "emu.cpp", CSRC / "emu" / "ops_abi.cpp"]
-    loaded = ctypes.CDLL(str(_compile(("-fPIC", "-shared"), sources, BUILD / "ops.so")))
-    for name in (
-        "row_stats",
-        "soft_ce_rows",
-        "step_sums",
-        "ttt_counts",
-        "ttt_fill",
-        "planted",
-        "pack_samples",
-    ):
-        getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
-    for name in ("own_keys_merge", "own_keys_grads"):
+    sources = [*_op_sources(), EMULATOR, CSRC / "emu" / "ops_abi.cpp"]
+    objects = _objects("plain", ("-fPIC",), sources)
+    loaded = ctypes.CDLL(str(_build(("-shared",), objects, BUILD / "ops.so")))
+    for name in (*OPS, "planted"):
         getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
     return loaded
 
@@ -118,13 +133,22 @@ def set_order(order: str, seed: int = 1) -> None:
     library().emu_set_order(ORDERS[order], ctypes.c_uint64(seed))
 
 
-def _call(op: str, *args: Tensor | int | bytes) -> None:
-    """Raises RuntimeError with the text of what the launcher threw."""
+Argument = Tensor | int | float | bytes | None
 
-    def convert(arg: Tensor | int | bytes) -> ctypes.c_void_p | ctypes.c_int64 | bytes:
+
+def _call(op: str, *args: Argument) -> None:
+    """Raises RuntimeError with the text of what the launcher threw. None: a null pointer."""
+
+    def convert(
+        arg: Argument,
+    ) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double | bytes:
         if isinstance(arg, Tensor):
             assert arg.is_contiguous()
             return ctypes.c_void_p(arg.data_ptr())
+        if arg is None:
+            return ctypes.c_void_p(None)
+        if isinstance(arg, float):
+            return ctypes.c_double(arg)
         return ctypes.c_int64(arg) if isinstance(arg, int) else arg
 
     error = getattr(library(), f"emu_{op}")(*map(convert, args))
@@ -147,30 +171,83 @@ def row_stats(logits_NV: Tensor, *, device: int = 0) -> tuple[Tensor, Tensor]:
     return lse, argmax
 
 
-def soft_ce_rows_(
-    logits_NV: Tensor, teacher_RV: Tensor, map_N: Tensor, weight_N: Tensor, teacher_lse_R: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, accepted, correct); logits become the gradient."""
+class RowResults(NamedTuple):
+    """[N] each; correct uint8, the others float32."""
+
+    loss: Tensor
+    accepted: Tensor
+    correct: Tensor
+    top_prob: Tensor
+    entropy: Tensor
+
+
+def loss_rows_(
+    logits_NV: Tensor,
+    teacher_RU: Tensor | None,
+    *,
+    row_to_teacher: Tensor,
+    weight: Tensor,
+    kind: str,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    hard_weight: float = 0.0,
+    teacher_lse: Tensor | None = None,
+    teacher_argmax: Tensor | None = None,
+    label: Tensor | None = None,
+    kl_weight: Tensor | None = None,
+    writes_gradient: bool = True,
+    path: tuple[str, int] | None = None,
+) -> RowResults:
+    """csrc/loss/loss_rows.h; logits become the gradient. path: (a key of ACCESSES, blocks)."""
     rows, vocab = logits_NV.shape
-    loss, accepted = torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)
+    teacher_shape = (teacher_RU.shape[0], teacher_RU.shape[1]) if teacher_RU is not None else (0, 0)
+    if teacher_RU is None:
+        assert label is not None
+        teacher_shape = (label.shape[0], 0)
+    teacher_code = DTYPE_CODES[(logits_NV if teacher_RU is None else teacher_RU).dtype]
+    loss, accepted, top_prob, entropy = (torch.full((rows,), torch.nan) for _ in range(4))
     correct = torch.full((rows,), 99, dtype=torch.uint8)
-    codes = DTYPE_CODES[logits_NV.dtype], DTYPE_CODES[teacher_RV.dtype]
-    inputs = (logits_NV, codes[0], teacher_RV, codes[1], rows, teacher_RV.shape[0], vocab)
-    _call("soft_ce_rows", *inputs, map_N, weight_N, teacher_lse_R, loss, accepted, correct)
-    return loss, accepted, correct
+    _call(
+        "loss_rows",
+        *(logits_NV, DTYPE_CODES[logits_NV.dtype], rows, vocab),
+        *(teacher_RU, teacher_code, *teacher_shape, row_to_teacher, weight),
+        *(teacher_lse, teacher_argmax, label, kl_weight),
+        *(loss, accepted, correct, top_prob, entropy),
+        *(LOSS_KINDS.index(kind), float(temperature), float(beta), float(hard_weight)),
+        *(int(writes_gradient), -1 if path is None else ACCESSES.index(path[0])),
+        1 if path is None else path[1],
+    )
+    return RowResults(loss, accepted, correct, top_prob, entropy)
+
+
+def loss_rows_plan(
+    capability_major: int,
+    vocab: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    *,
+    aligned: bool = True,
+) -> tuple[str, int]:
+    plan = torch.zeros(2, dtype=torch.int64)
+    codes = DTYPE_CODES[dtype], DTYPE_CODES[teacher_dtype]
+    _call("loss_rows_plan", capability_major, vocab, *codes, int(aligned), plan)
+    return ACCESSES[int(plan[0])], int(plan[1])
 
 
 def step_sums(
     loss_N: Tensor,
     accepted_N: Tensor,
     correct_N: Tensor,
+    top_prob_N: Tensor,
+    entropy_N: Tensor,
     weight_N: Tensor,
     step_N: Tensor,
     num_steps: int,
 ) -> Tensor:
-    sums = torch.full((5, num_steps), torch.nan, dtype=torch.float64)
-    rows = loss_N.shape[0]
-    _call("step_sums", loss_N, accepted_N, correct_N, weight_N, step_N, rows, sums, num_steps)
+    """[7, L] float64."""
+    sums = torch.full((7, num_steps), torch.nan, dtype=torch.float64)
+    statistics = (loss_N, accepted_N, correct_N, top_prob_N, entropy_N)
+    _call("step_sums", *statistics, weight_N, step_N, loss_N.shape[0], sums, num_steps)
     return sums
 
 

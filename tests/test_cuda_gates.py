@@ -43,10 +43,12 @@ def test_kernels_pass_the_gates() -> None:
     kernels, warnings = gates.compile_all(["90a"])
     assert warnings == []
     assert [line for kernel in kernels for line in kernel.failures()] == []
+    assert gates.absent(kernels, ["90a"]) == []
     names = {kernel.name.split("<")[0].split("(")[0] for kernel in kernels}
     assert names >= {
         "row_stats_kernel",
-        "soft_ce_rows_kernel",
+        "loss_rows_kernel",
+        "loss_rows_cluster_kernel",
         "step_sums_kernel",
         "ttt_counts_kernel",
         "ttt_fill_kernel",
@@ -92,6 +94,32 @@ def test_warnings_are_found() -> None:
     spilled = "ptxas warning : Registers are spilled to local memory in function 'f'"
     log = f"ptxas info : Used 4 registers\n{serialised}\n{spilled}\n"
     assert gates.warnings(log) == [serialised, spilled]
+
+
+def kernel(name: str, arch: str, sass: str) -> object:
+    return gates.Kernel(name, arch, registers=1, stack_bytes=0, spill_bytes=0, sass=sass)
+
+
+def test_cluster_kernel_without_its_instructions_is_named() -> None:
+    name = "loss_rows_cluster_kernel<(Group)1, bf16>"
+    whole = "LDG.E.128 STG.E.128 UCGABAR_ARV UCGABAR_WAIT ST.E"
+    assert kernel(name, "90a", whole).failures() == []
+    assert kernel(name, "80", "EXIT").failures() == []
+    assert kernel(name, "100", "LDG.E.128 STG.E.128").failures() == [
+        f"{name} on sm_100: no {sass}" for sass in ("UCGABAR_ARV", "UCGABAR_WAIT", " ST.E")
+    ]
+    assert "code where there are no clusters" in kernel(name, "80", whole).failures()[0]
+
+
+def test_row_kernel_without_wide_stores_is_named() -> None:
+    name = "loss_rows_kernel<(Group)2, (Access)0, bf16*, bf16 const*>"
+    assert kernel(name, "80", "LDG.E.128").failures() == [f"{name} on sm_80: no STG.E.128"]
+    assert kernel(name.replace("(Access)0", "(Access)2"), "80", "LDG.E").failures() == []
+
+
+def test_absent_kernel_is_named() -> None:
+    have = [kernel("loss_rows_kernel<x>", "90a", "")]
+    assert gates.absent(have, ["90a"]) == ["no loss_rows_cluster_kernel< for sm_90a"]
 
 
 def test_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

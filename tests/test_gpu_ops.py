@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from emulated import LOSS_KINDS, RowResults
+from loss_rows_cases import Case, check, make_case, without_gradient
 from specforge_ext import ops
 from specforge_ext.ops import reference
 
@@ -17,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-BF16_ROUNDING = 2.0**-8
 
 
 @pytest.fixture(autouse=True)
@@ -36,68 +37,112 @@ def test_row_stats(dtype: torch.dtype, vocab: int) -> None:
     assert torch.equal(argmax.cpu(), cpu_argmax)
 
 
-def soft_ce_inputs(
-    rows: int, vocab: int, dtype: torch.dtype, teacher_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    teachers = rows // 2 + 1
-    teacher = (torch.randn(teachers, vocab) * 3).to(teacher_dtype)
-    weight = torch.rand(rows)
-    weight[1::3] = 0
-    logits = (torch.randn(rows, vocab) * 3).to(dtype)
-    logits[1::3] = torch.nan
-    map_N = (torch.arange(rows) // 2).to(torch.int32)
-    lse = (torch.logsumexp(teacher.double(), -1) + 0.5).float()
-    return logits, teacher, map_N, weight, lse
-
-
-# scalar; one chunk; registers, full and one past (bf16); streamed; the largest.
-@pytest.mark.parametrize("vocab", [1, 1031, 2048, 16384, 32000, 32768, 32776, 262144])
-@pytest.mark.parametrize("teacher_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_soft_ce_rows(dtype: torch.dtype, teacher_dtype: torch.dtype, vocab: int) -> None:
-    logits, *inputs = soft_ce_inputs(7, vocab, dtype, teacher_dtype)
-    wanted = reference.soft_ce_rows(
-        logits.double(), *(x.double() if x.is_floating_point() else x for x in inputs)
-    )
-    gradient = logits.cuda()
-    teacher, map_N, weight, lse = (x.cuda() for x in inputs)
-    rows = ops.soft_ce_rows_(
-        gradient, teacher, row_to_teacher=map_N, weight=weight, teacher_lse=lse
-    )
-    torch.testing.assert_close(rows.loss.cpu().double(), wanted[0], rtol=1e-6, atol=3e-6)
-    torch.testing.assert_close(rows.accepted.cpu().double(), wanted[1], rtol=3e-6, atol=3e-6)
-    assert torch.equal(rows.correct.cpu(), wanted[2])
-    rounding = BF16_ROUNDING if dtype == torch.bfloat16 else 4e-6
-    torch.testing.assert_close(gradient.cpu().double(), wanted[3], rtol=rounding, atol=5e-7)
-
-
-def test_soft_ce_rows_same_bits_every_time() -> None:
-    logits, *inputs = soft_ce_inputs(64, 32000, torch.bfloat16, torch.bfloat16)
-    teacher, map_N, weight, lse = (x.cuda() for x in inputs)
-
-    def run() -> list[Tensor]:
-        z = logits.cuda()
-        out = ops.soft_ce_rows_(z, teacher, row_to_teacher=map_N, weight=weight, teacher_lse=lse)
-        return [z, out.loss, out.accepted, out.correct]
-
-    first = run()
-    assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(), strict=True))
-
-
-def test_soft_ce_rows_marks_a_row_without_teacher() -> None:
-    logits, teacher = torch.randn(3, 40).cuda(), torch.randn(2, 40).cuda()
-    out = ops.soft_ce_rows_(
+def run_rows(case: Case) -> tuple[RowResults, Tensor]:
+    """`ops.loss_rows_` on the GPU: (results, what the logits became), back on the CPU."""
+    logits = case.logits.cuda()
+    out = ops.loss_rows_(
         logits,
-        teacher,
-        row_to_teacher=torch.tensor([0, 2, 1], dtype=torch.int32).cuda(),
-        weight=torch.ones(3).cuda(),
-        teacher_lse=torch.full((2,), 9.0).cuda(),
+        None if case.teacher is None else case.teacher.cuda(),
+        loss=ops.RowLoss(
+            case.kind,
+            temperature=case.temperature,
+            beta=case.beta,
+            hard_weight=case.hard_weight,
+        ),
+        row_to_teacher=case.row_to_teacher.cuda(),
+        weight=case.weight.cuda(),
+        writes_gradient=case.writes_gradient,
+        **{name: tensor.cuda() for name, tensor in case.options.items()},
     )
-    assert out.loss.isnan().tolist() == [False, True, False]
-    assert (logits[1] == 0).all()
+    results = (out.loss, out.accepted, out.correct, out.top_prob, out.entropy)
+    return RowResults(*(x.cpu() for x in results)), logits.cpu()
 
 
-def test_soft_ce_rows_past_2_31_elements() -> None:
+# scalar; one chunk; registers of one block, full and one chunk past; clusters of 2, 4 and 8 (on
+# compute capability 9.0 and up); past every cluster.
+@pytest.mark.parametrize(
+    "vocab", [1, 1031, 2048, 16384, 32000, 32768, 32776, 65544, 151936, 262144, 262152]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_loss_rows(kind: str, dtype: torch.dtype, vocab: int) -> None:
+    case = make_case(kind, 6, vocab, dtype=dtype, gives_lse=True, temperature=1.3)
+    check(case, *run_rows(case))
+
+
+@pytest.mark.parametrize("vocab", [1031, 32000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [kind for kind in LOSS_KINDS if kind != "hard_ce"])
+def test_loss_rows_whole_teacher_and_label(kind: str, dtype: torch.dtype, vocab: int) -> None:
+    other = DTYPES[dtype == torch.float32]
+    for teacher_dtype in (dtype, other):
+        case = make_case(
+            *(kind, 6, vocab),
+            dtype=dtype,
+            teacher_dtype=teacher_dtype,
+            rest=2048,
+            hard_weight=0.4,
+        )
+        check(case, *run_rows(case))
+
+
+@pytest.mark.parametrize("vocab", [1031, 32000, 151936])
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_loss_rows_metrics_only(kind: str, vocab: int) -> None:
+    case = without_gradient(make_case(kind, 6, vocab, dtype=torch.bfloat16))
+    check(case, *run_rows(case))
+
+
+@pytest.mark.parametrize("vocab", [32000, 151936])
+@pytest.mark.parametrize("kind", ["soft_ce", "jsd", "lk_lambda"])
+def test_loss_rows_same_bits_every_time(kind: str, vocab: int) -> None:
+    case = make_case(kind, 64, vocab, dtype=torch.bfloat16, gives_lse=True)
+    results, gradient = run_rows(case)
+    for _ in range(5):
+        again, other = run_rows(case)
+        assert torch.equal(gradient, other)
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("vocab", [40, 65544])
+def test_loss_rows_marks_a_row_without_teacher(vocab: int) -> None:
+    case = make_case("soft_ce", 3, vocab, dtype=torch.bfloat16, teachers=2)
+    case.weight.fill_(1.0)
+    case.logits.fill_(0.5)
+    case.row_to_teacher.copy_(torch.tensor([0, 2, 1]))
+    results, gradient = run_rows(case)
+    assert results.loss.isnan().tolist() == [False, True, False]
+    assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("vocab", [32000, 151936])
+def test_loss_rows_in_a_cuda_graph(vocab: int) -> None:
+    """Captured once, replayed on new logits: the launch neither allocates nor synchronises."""
+    case = make_case("jsd", 6, vocab, dtype=torch.bfloat16, gives_lse=True)
+    assert case.teacher is not None
+    teacher, weight = case.teacher.cuda(), case.weight.cuda()
+    index, lse = case.row_to_teacher.cuda(), case.options["teacher_lse"].cuda()
+    logits = case.logits.cuda()
+
+    def call() -> Tensor:
+        loss = ops.RowLoss("jsd", beta=case.beta)
+        return ops.loss_rows_(
+            logits, teacher, loss=loss, row_to_teacher=index, weight=weight, teacher_lse=lse
+        ).loss
+
+    call()  # before the capture, as torch asks
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = call()
+    logits.copy_(case.logits)
+    graph.replay()
+    torch.cuda.synchronize()
+    wanted, gradient = run_rows(case)
+    assert torch.equal(loss.cpu(), wanted.loss) and torch.equal(logits.cpu(), gradient)
+
+
+def test_loss_rows_past_2_31_elements() -> None:
     """int64 indexing: the last row of a 4.4 GB tensor."""
     rows, vocab = 2**31 // 32000 + 2, 32000
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:
@@ -107,12 +152,12 @@ def test_soft_ce_rows_past_2_31_elements() -> None:
     weight[-1] = 1.0
     teacher = torch.zeros(1, vocab, dtype=torch.bfloat16, device="cuda")
     teacher[0, 7] = 30.0
-    out = ops.soft_ce_rows_(
+    out = ops.loss_rows_(
         logits,
         teacher,
+        loss="soft_ce",
         row_to_teacher=torch.zeros(rows, dtype=torch.int32, device="cuda"),
         weight=weight,
-        teacher_lse=torch.logsumexp(teacher.float(), -1),
     )
     assert logits[-1, 7].item() == pytest.approx(-1.0, abs=1e-2)
     assert (logits[-2] == 0).all() and out.loss[-2] == 0

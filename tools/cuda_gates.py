@@ -3,7 +3,8 @@
     python tools/cuda_gates.py [--arch 80 90a 100] [--json FILE]
 
 Gates: no warning; no stack, no spills and no local memory in any kernel; 128-bit loads and stores
-in the row kernels. Exit status 1 names each kernel that fails, 2 says which tool is missing.
+in the row kernels; cluster barriers and distributed shared memory in the cluster kernels, wherever
+there are any. Exit status 1 names each kernel that fails, 2 says which tool is missing.
 """
 
 from __future__ import annotations
@@ -28,10 +29,22 @@ TIMEOUT_S = 300
 # Kernel name -> SASS that it must contain. Access 2 is the path for rows that no vector fits.
 WANTED_SASS = {
     r"row_stats_kernel<": ("LDG.E.128",),
-    r"soft_ce_rows_kernel<\(.*Access\)[01],": ("LDG.E.128", "STG.E.128"),
     r"own_keys_merge_kernel<": ("LDG.E.128", "STG.E.128"),
     r"own_keys_grads_kernel<": ("LDG.E.128", "STG.E.128"),
+    r"loss_rows_kernel<\(Group\)\d, \(Access\)[01],": ("LDG.E.128", "STG.E.128"),
 }
+# The same on compute capability 9.0 and up, where mapa becomes arithmetic and the store to a peer's
+# shared memory a generic one, ST.E, which these kernels have no other use for; below, these kernels must be empty stubs.
+WANTED_SASS_SM90 = {
+    r"loss_rows_cluster_kernel<": (
+        "LDG.E.128",
+        "STG.E.128",
+        "UCGABAR_ARV",
+        "UCGABAR_WAIT",
+        " ST.E",
+    ),
+}
+MUST_EXIST = ("loss_rows_kernel<", "loss_rows_cluster_kernel<")
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 PTXAS_ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 PTXAS_STACK = re.compile(
@@ -57,6 +70,10 @@ class Kernel:
     spill_bytes: int
     sass: str
 
+    @property
+    def has_clusters(self) -> bool:
+        return int(re.sub(r"\D", "", self.arch)) >= 90
+
     def failures(self) -> list[str]:
         found = []
         if self.stack_bytes or self.spill_bytes:
@@ -66,6 +83,13 @@ class Kernel:
         for pattern, wanted in WANTED_SASS.items():
             if re.search(pattern, self.name):
                 found += [f"no {sass}" for sass in wanted if sass not in self.sass]
+        for pattern, wanted in WANTED_SASS_SM90.items():
+            if not re.search(pattern, self.name):
+                continue
+            if self.has_clusters:
+                found += [f"no {sass}" for sass in wanted if sass not in self.sass]
+            elif "LDG" in self.sass:
+                found.append("code where there are no clusters")
         return [f"{self.name} on sm_{self.arch}: {what}" for what in found]
 
 
@@ -135,6 +159,16 @@ def parse_sass(text: str) -> dict[tuple[str, str], str]:
     return found
 
 
+def absent(kernels: Sequence[Kernel], architectures: Sequence[str]) -> list[str]:
+    """What no file compiled for an architecture, so that no gate saw it."""
+    return [
+        f"no {name} for sm_{arch}"
+        for arch in architectures
+        for name in MUST_EXIST
+        if not any(kernel.arch == arch and name in kernel.name for kernel in kernels)
+    ]
+
+
 def warnings(log: str) -> list[str]:
     """C7510 (wgmma serialised) and every other warning."""
     return [line for line in log.splitlines() if re.search(r"\bwarning\b|C7510", line, re.I)]
@@ -144,7 +178,7 @@ def compile_file(
     source: Path, architectures: Sequence[str], tools: dict[str, str], folder: Path
 ) -> tuple[list[Kernel], list[str]]:
     """(its kernels, its warnings)."""
-    target = folder / f"{source.stem}.o"
+    target = folder / f"{source.stem}-{'-'.join(architectures)}.o"
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     flags = ["-std=c++20", "-O3", f"-I{CSRC}", "-DSF_CUDA=1", "-DNDEBUG", "-lineinfo"]
     flags += ["--expt-relaxed-constexpr", "-Xptxas=-v,-warn-spills", *gencode]
@@ -169,8 +203,9 @@ def compile_all(architectures: Sequence[str] = ARCHITECTURES) -> tuple[list[Kern
     tools = find_tools()
     sources = sorted(path for path in CSRC.glob("*/*.cu") if path.parent.name != "emu")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [(source, arch) for source in sources for arch in architectures]
         parts = list(
-            pool.map(lambda p: compile_file(p, architectures, tools, Path(folder)), sources)
+            pool.map(lambda job: compile_file(job[0], [job[1]], tools, Path(folder)), jobs)
         )
     kernels = [kernel for part, _ in parts for kernel in part]
     return kernels, [line for _, lines in parts for line in lines]
@@ -193,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         rows = [{k: v for k, v in asdict(kernel).items() if k != "sass"} for kernel in kernels]
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    failures = found + [line for kernel in kernels for line in kernel.failures()]
+    failures = found + absent(kernels, options.arch)
+    failures += [line for kernel in kernels for line in kernel.failures()]
     for line in failures:
         print(f"FAILED {line}", file=sys.stderr)
     print(f"{len(kernels)} kernels, {len(failures)} failures")

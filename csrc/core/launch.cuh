@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 
@@ -38,10 +39,24 @@ class DeviceScope {
   bool changed_ = false;
 };
 
+// Major number of a device's compute capability. Asks the driver once per device; neither
+// synchronises nor allocates, so it may be called while a stream is captured.
+inline int capability_major(Device device) {
+  constexpr int kCached = 64;
+  static std::atomic<int> cache[kCached];  // 0: not asked yet
+  const bool cached = device.index >= 0 && device.index < kCached;
+  int major = cached ? cache[device.index].load(std::memory_order_relaxed) : 0;
+  if (major != 0) return major;
+  SF_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index));
+  if (cached) cache[device.index].store(major, std::memory_order_relaxed);
+  return major;
+}
+
 struct LaunchShape {
   unsigned blocks = 1;
   unsigned threads = 32;
   size_t shared_bytes = 0;
+  unsigned cluster = 1;  // blocks per thread-block cluster; divides `blocks`; above 1: sm_90 and up
 };
 
 // Asynchronous: only errors of the launch itself are seen.
@@ -52,6 +67,14 @@ void launch(LaunchShape shape, Stream stream, void (*kernel)(Params...), const A
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
+  cudaLaunchAttribute cluster{};
+  if (shape.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   SF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Params(args)...));
   SF_CUDA_CHECK(cudaGetLastError());
 }

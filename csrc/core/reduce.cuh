@@ -47,6 +47,14 @@ __device__ __forceinline__ T warp_reduce(T value) {
   return value;
 }
 
+// The same with merge(into, from) in place of T::merge.
+template <class T, class Merge>
+__device__ __forceinline__ T warp_reduce(T value, const Merge& merge) {
+#pragma unroll
+  for (int bits = kWarpSize / 2; bits > 0; bits /= 2) merge(value, shuffle_xor(value, bits));
+  return value;
+}
+
 // Every thread of the block gets the result. One barrier: `partial` must not have been read since
 // the last one. Every warp reduces the same partial sums in the same order, so all threads agree.
 template <class T>

@@ -48,6 +48,14 @@ struct dim3 {
 #define __any_sync(mask, predicate) \
   (::sf::emu::ballot(mask, predicate, "__any_sync", __FILE__, __LINE__) != 0)
 
+// ---- clusters ----------------------------------------------------------------------------------
+
+#define __cluster_barrier_arrive() ::sf::emu::arrive_cluster(__FILE__, __LINE__)
+#define __cluster_barrier_wait() ::sf::emu::wait_cluster(__FILE__, __LINE__)
+#define __cluster_map_shared_rank(own, rank) ::sf::emu::map_shared(own, rank)
+#define __clusterRelativeBlockRank() ::sf::emu::rank_in_cluster()
+#define __clusterSizeInBlocks() ::sf::emu::blocks_in_cluster()
+
 namespace sf::emu {
 
 template <class T>
@@ -83,6 +91,10 @@ T atomicAdd(T* address, T value) {
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 template <class T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
 T __ldg(const T* address) {
   return *address;
 }
@@ -110,7 +122,22 @@ inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 
-struct cudaLaunchAttribute {};
+// A device with clusters, so that every path can run.
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = 9;
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -126,6 +153,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 block = config->blockDim;
   const bool grid_fits = grid.x && grid.y && grid.z && grid.x <= INT_MAX && grid.y <= 65535;
   if (!grid_fits || block.x * block.y * block.z > 1024) return cudaErrorInvalidConfiguration;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) cluster = config->attrs[i].val.clusterDim.x;
   struct Closure {
     void (*kernel)(Params...);
     std::tuple<Params...> params;
@@ -134,7 +163,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     auto& call = *static_cast<Closure*>(memory);
     std::apply(call.kernel, call.params);
   };
-  ::sf::emu::run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+  ::sf::emu::run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster,
                       config->dynamicSmemBytes, body, &closure);
   return cudaSuccess;
 }

@@ -21,11 +21,12 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxCluster = 8;
 constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 32 * kPage;
 constexpr size_t kSharedAlignment = 128;
 
-enum class State { kReady, kAtBarrier, kAtCollective, kReturned };
+enum class State { kReady, kAtBarrier, kAtClusterBarrier, kAtCollective, kReturned };
 
 struct Place {
   const char* what = "";
@@ -44,7 +45,9 @@ struct Fiber {
   void* sp = nullptr;
   char* stack = nullptr;  // lowest usable byte
   State state = State::kReturned;
-  Place place;  // where it waits
+  Place place;                      // where it waits
+  bool arrived = false;             // at the cluster barrier, without having waited yet
+  unsigned cluster_generation = 0;  // of that barrier
   ThreadContext context;
 #if defined(SF_EMU_TSAN)
   void* tsan = nullptr;
@@ -62,21 +65,35 @@ struct Warp {
   uint64_t order[2] = {};
 };
 
+// One block of the cluster that runs.
+struct Block {
+  unsigned alive = 0;       // threads that have not returned
+  unsigned at_barrier = 0;  // threads that wait in __syncthreads
+  unsigned barriers = 0;    // passed so far
+  // An address for order_memory. A thread that is one barrier ahead must not order those behind it:
+  // hence two, by parity. Likewise below.
+  uint64_t barrier_order[2] = {};
+  std::unique_ptr<void, decltype(&std::free)> shared{nullptr, &std::free};
+};
+
+struct ClusterBarrier {
+  unsigned arrived = 0;
+  unsigned generation = 0;  // barriers passed so far
+  uint64_t order[2] = {};
+};
+
 struct Machine {
-  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
-  std::vector<Warp> warps = std::vector<Warp>(kMaxThreads / kWarp);
-  unsigned num_threads = 0;
-  unsigned at_barrier = 0;
-  unsigned barriers = 0;  // passed so far
-  // Addresses for order_memory. A thread that is one barrier ahead must not order those behind it:
-  // hence two, by parity.
-  uint64_t block_begin = 0, block_end = 0, barrier_order[2] = {};
-  unsigned running = 0;  // index of the fiber on the core
+  std::vector<Fiber> fibers;  // num_threads of block 0, of block 1, ...
+  std::vector<Warp> warps;
+  std::vector<Block> blocks;
+  ClusterBarrier cluster;
+  unsigned num_threads = 0;                 // of one block
+  uint64_t block_begin = 0, block_end = 0;  // addresses for order_memory
+  unsigned running = 0;                     // index of the fiber on the core
   void* scheduler_sp = nullptr;
   std::exception_ptr failure;
   Body body = nullptr;
   void* closure = nullptr;
-  std::unique_ptr<void, decltype(&std::free)> shared{nullptr, &std::free};
   size_t shared_bytes = 0;
   Order order = Order::kForward;
   uint64_t random = 1;
@@ -124,6 +141,23 @@ void order_memory([[maybe_unused]] void* address, [[maybe_unused]] bool acquire)
 #endif
 }
 
+unsigned block_of(unsigned fiber) { return fiber / machine.num_threads; }
+
+Block& running_block() { return machine.blocks[block_of(machine.running)]; }
+
+// A block that has ended no longer has its memory: a peer that still reads it sees NaN, and ASan
+// names it.
+void poison_shared(void* memory, [[maybe_unused]] bool ended) {
+  if (memory == nullptr) return;
+#if defined(SF_EMU_ASAN)
+  __asan_unpoison_memory_region(memory, machine.shared_bytes);
+#endif
+  std::memset(memory, 0xff, machine.shared_bytes);
+#if defined(SF_EMU_ASAN)
+  if (ended) __asan_poison_memory_region(memory, machine.shared_bytes);
+#endif
+}
+
 void to_scheduler() {
   Fiber& fiber = machine.fibers[machine.running];
 #if defined(SF_EMU_TSAN)
@@ -158,6 +192,11 @@ void to_fiber(unsigned index) {
 #endif
 }
 
+std::string thread_name(unsigned index) {
+  return "thread " + std::to_string(index % machine.num_threads) + " of block " +
+         std::to_string(machine.fibers[index].context.block.x);
+}
+
 void fiber_main() {
 #if defined(SF_EMU_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
@@ -165,6 +204,11 @@ void fiber_main() {
   order_memory(&machine.block_begin, true);  // what earlier blocks and the host wrote
   try {
     machine.body(machine.closure);
+    const Fiber& fiber = machine.fibers[machine.running];
+    if (fiber.arrived) {
+      throw Error("emu: " + thread_name(machine.running) + " returned without having waited at " +
+                  "the cluster barrier where it arrived, " + fiber.place.text());
+    }
   } catch (...) {
     machine.failure = std::current_exception();
   }
@@ -197,11 +241,7 @@ void reset_fiber(Fiber& fiber) {
   std::memset(top - 6, 0, 6 * sizeof(void*));
   fiber.sp = top - 6;
   fiber.state = State::kReady;
-}
-
-std::string thread_name(unsigned index) {
-  return "thread " + std::to_string(index) + " of block " +
-         std::to_string(machine.fibers[index].context.block.x);
+  fiber.arrived = false;
 }
 
 [[noreturn]] void divergent(const Place& place, unsigned index, const std::string& other) {
@@ -211,10 +251,22 @@ std::string thread_name(unsigned index) {
 
 // No fiber can run and not all have returned: say who waits where and for whom.
 [[noreturn]] void report_deadlock() {
+  const auto is_waiting = [](unsigned i, bool for_cluster) {
+    const State state = machine.fibers[i].state;
+    return state != State::kReturned && (state == State::kAtClusterBarrier) == for_cluster;
+  };
+  const auto total = static_cast<unsigned>(machine.blocks.size()) * machine.num_threads;
+  // Those who wait for their own block come first: their peers may wait because of them.
   unsigned waiting = 0;
-  while (machine.fibers[waiting].state == State::kReturned) ++waiting;
+  while (waiting < total && !is_waiting(waiting, false)) ++waiting;
+  const bool for_cluster = waiting == total;
+  if (for_cluster) {
+    waiting = 0;
+    while (!is_waiting(waiting, true)) ++waiting;
+  }
   const Fiber& first = machine.fibers[waiting];
-  for (unsigned i = 0; i < machine.num_threads; ++i) {
+  const unsigned begin = for_cluster ? 0 : block_of(waiting) * machine.num_threads;
+  for (unsigned i = begin; i < (for_cluster ? total : begin + machine.num_threads); ++i) {
     const Fiber& fiber = machine.fibers[i];
     if (fiber.state == State::kReturned)
       divergent(first.place, waiting, thread_name(i) + " has returned");
@@ -258,18 +310,31 @@ unsigned join_warp(const Place& place) {
   return generation;
 }
 
-void run_block(Index3 block_index, Index3 grid, Index3 block, std::vector<unsigned>& order) {
-  if (machine.shared) std::memset(machine.shared.get(), 0xff, machine.shared_bytes);
-  machine.at_barrier = 0;
-  for (Warp& warp : machine.warps) warp = Warp{};
+void prepare_block(unsigned rank, Index3 index, Index3 grid, Index3 block_dim) {
+  Block& block = machine.blocks[rank];
+  poison_shared(block.shared.get(), false);
+  block.at_barrier = 0;
+  block.alive = machine.num_threads;
   for (unsigned i = 0; i < machine.num_threads; ++i) {
-    Fiber& fiber = machine.fibers[i];
+    Fiber& fiber = machine.fibers[rank * machine.num_threads + i];
     reset_fiber(fiber);
-    const Index3 thread{i % block.x, i / block.x % block.y, i / block.x / block.y};
-    fiber.context = {thread, block_index, block, grid};
+    const Index3 thread{i % block_dim.x, i / block_dim.x % block_dim.y,
+                        i / block_dim.x / block_dim.y};
+    fiber.context = {thread, index, block_dim, grid};
   }
+}
+
+// Runs blocks first, first + 1, ... of the grid, one cluster.
+void run_cluster(unsigned first, Index3 grid, Index3 block_dim, std::vector<unsigned>& order) {
+  for (unsigned rank = 0; rank < machine.blocks.size(); ++rank) {
+    const unsigned linear = first + rank;
+    const Index3 index{linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
+    prepare_block(rank, index, grid, block_dim);
+  }
+  for (Warp& warp : machine.warps) warp = Warp{};
+  machine.cluster.arrived = machine.cluster.generation = 0;
   order_memory(&machine.block_begin, false);
-  unsigned alive = machine.num_threads;
+  size_t alive = order.size();
   while (alive > 0) {
     bool progress = false;
     for (unsigned index : order) {
@@ -277,7 +342,12 @@ void run_block(Index3 block_index, Index3 grid, Index3 block, std::vector<unsign
       progress = true;
       to_fiber(index);
       if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
-      if (machine.fibers[index].state == State::kReturned) --alive;
+      if (machine.fibers[index].state != State::kReturned) continue;
+      --alive;
+      Block& block = machine.blocks[block_of(index)];
+      if (--block.alive > 0) continue;
+      order_memory(&machine.block_end, true);
+      poison_shared(block.shared.get(), true);
     }
     if (!progress) report_deadlock();
     arrange(order);
@@ -293,7 +363,8 @@ struct GridScope {
   }
   ~GridScope() {
     machine.in_grid = false;
-    machine.shared.reset();
+    for (Block& block : machine.blocks) poison_shared(block.shared.get(), false);
+    machine.blocks.clear();
     machine.shared_bytes = 0;
   }
 };
@@ -305,29 +376,39 @@ void set_order(Order order, uint64_t seed) {
   machine.random = seed * 0x9e3779b97f4a7c15u | 1u;
 }
 
-void run_grid(Index3 grid, Index3 block, size_t shared_bytes, Body body, void* closure) {
+void run_grid(Index3 grid, Index3 block, unsigned cluster, size_t shared_bytes, Body body,
+              void* closure) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0) {
     throw Error("emu: a block must have 32 to 1024 threads in whole warps, got " +
                 std::to_string(threads));
   }
+  if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster != 0) {
+    throw Error("emu: a cluster must have 1 to 8 blocks and divide the grid's " +
+                std::to_string(grid.x) + ", got " + std::to_string(cluster));
+  }
   const GridScope scope;
   machine.num_threads = static_cast<unsigned>(threads);
+  const unsigned total = cluster * machine.num_threads;
+  if (machine.fibers.size() < total) machine.fibers.resize(total);
+  machine.warps.resize(total / kWarp);
   machine.body = body;
   machine.closure = closure;
   machine.shared_bytes = shared_bytes;
-  if (shared_bytes > 0) {
+  machine.blocks.resize(cluster);
+  for (Block& one : machine.blocks) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, kSharedAlignment, shared_bytes) != 0) throw std::bad_alloc();
-    machine.shared.reset(memory);
+    if (shared_bytes > 0 && posix_memalign(&memory, kSharedAlignment, shared_bytes) != 0) {
+      throw std::bad_alloc();
+    }
+    one.shared.reset(memory);
   }
 #if defined(SF_EMU_TSAN)
   machine.tsan = __tsan_get_current_fiber();
 #endif
-  std::vector<unsigned> order = arranged(machine.num_threads);
-  for (unsigned linear : arranged(grid.x * grid.y * grid.z)) {
-    const Index3 index{linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
-    run_block(index, grid, block, order);
+  std::vector<unsigned> order = arranged(total);
+  for (unsigned i : arranged(grid.x * grid.y * grid.z / cluster)) {
+    run_cluster(i * cluster, grid, block, order);
   }
 }
 
@@ -336,28 +417,87 @@ void* shared_memory(size_t num_bytes) {
     throw Error("emu: the kernel uses " + std::to_string(num_bytes) +
                 " bytes of shared memory, the launch gave " + std::to_string(machine.shared_bytes));
   }
-  return machine.shared.get();
+  return running_block().shared.get();
 }
 
 void sync_threads(const char* file, int line) {
   const Place place{"__syncthreads", file, line};
-  uint64_t* const order = &machine.barrier_order[machine.barriers & 1];
+  Block& block = running_block();
+  uint64_t* const order = &block.barrier_order[block.barriers & 1];
   order_memory(order, false);
-  if (++machine.at_barrier < machine.num_threads) {
+  if (++block.at_barrier < machine.num_threads) {
     wait_here(State::kAtBarrier, place);
   } else {
     machine.fibers[machine.running].place = place;
-    for (unsigned i = 0; i < machine.num_threads; ++i) {
+    const unsigned first = block_of(machine.running) * machine.num_threads;
+    for (unsigned i = first; i < first + machine.num_threads; ++i) {
       const Fiber& fiber = machine.fibers[i];
       if (!(fiber.place == place)) {
         divergent(fiber.place, i, thread_name(machine.running) + " in " + place.text());
       }
     }
-    for (unsigned i = 0; i < machine.num_threads; ++i) machine.fibers[i].state = State::kReady;
-    machine.at_barrier = 0;
-    ++machine.barriers;
+    for (unsigned i = first; i < first + machine.num_threads; ++i) {
+      machine.fibers[i].state = State::kReady;
+    }
+    block.at_barrier = 0;
+    ++block.barriers;
   }
   order_memory(order, true);
+}
+
+void arrive_cluster(const char* file, int line) {
+  const Place place{"__cluster_barrier_arrive", file, line};
+  Fiber& fiber = machine.fibers[machine.running];
+  ClusterBarrier& barrier = machine.cluster;
+  if (fiber.arrived) {
+    throw Error("emu: " + thread_name(machine.running) + " arrives twice without a wait, " +
+                fiber.place.text() + " and " + place.text());
+  }
+  fiber.arrived = true;
+  fiber.cluster_generation = barrier.generation;
+  fiber.place = place;
+  order_memory(&barrier.order[barrier.generation & 1], false);
+  if (++barrier.arrived < machine.blocks.size() * machine.num_threads) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  for (unsigned i = 0; i < machine.blocks.size() * machine.num_threads; ++i) {
+    Fiber& other = machine.fibers[i];
+    if (other.state == State::kAtClusterBarrier) other.state = State::kReady;
+  }
+}
+
+void wait_cluster(const char* file, int line) {
+  const Place place{"__cluster_barrier_wait", file, line};
+  Fiber& fiber = machine.fibers[machine.running];
+  ClusterBarrier& barrier = machine.cluster;
+  if (!fiber.arrived) {
+    throw Error("emu: " + thread_name(machine.running) + " waits without having arrived, " +
+                place.text());
+  }
+  const unsigned generation = fiber.cluster_generation;
+  if (barrier.generation == generation) wait_here(State::kAtClusterBarrier, place);
+  fiber.arrived = false;
+  order_memory(&barrier.order[generation & 1], true);
+}
+
+unsigned rank_in_cluster() { return block_of(machine.running); }
+
+unsigned blocks_in_cluster() { return static_cast<unsigned>(machine.blocks.size()); }
+
+void* map_shared(const void* own, unsigned rank) {
+  const Block& block = running_block();
+  const auto offset = static_cast<const char*>(own) - static_cast<char*>(block.shared.get());
+  if (rank >= machine.blocks.size() || block.shared == nullptr || offset < 0 ||
+      static_cast<size_t>(offset) >= machine.shared_bytes) {
+    throw Error("emu: " + thread_name(machine.running) + " maps byte " + std::to_string(offset) +
+                " of " + std::to_string(machine.shared_bytes) + " to block " +
+                std::to_string(rank) + " of " + std::to_string(machine.blocks.size()));
+  }
+  if (rank != rank_in_cluster() && machine.cluster.generation == 0) {
+    throw Error("emu: " + thread_name(machine.running) + " maps the shared memory of block " +
+                std::to_string(rank) + ", which may not have started: no cluster barrier yet");
+  }
+  return static_cast<char*>(machine.blocks[rank].shared.get()) + offset;
 }
 
 void sync_warp(unsigned mask, const char* file, int line) {

@@ -1,6 +1,7 @@
 // Runs CUDA kernels on one CPU core, thread by thread, to test the SAME .cu files where no GPU is.
 //
-// Every CUDA thread of a block is a fiber (own stack, hand-switched); blocks run one after another.
+// Every CUDA thread of a block is a fiber (own stack, hand-switched); blocks run one after another,
+// the blocks of a cluster together.
 // A fiber runs until it reaches a barrier or a warp collective, so the order of threads between two
 // such points is ours: forward, reverse or random. A kernel whose result depends on it lacks a
 // barrier.
@@ -11,8 +12,12 @@
 //   line;
 //   * threads that wait at different barriers, or for one that has returned, end the launch with
 //   Error.
+//   * a block's shared memory is poisoned again when its last thread returns, so a peer of the
+//     cluster that reads it later sees NaN; one that touches it before any cluster barrier, when
+//     the block may not have started, ends the launch with Error.
 // Stricter than the hardware on purpose: warp collectives take the full mask only, blocks are whole
-// warps, and a thread may not return while others wait. Not modelled: memory between blocks of one
+// warps, a thread may not return while others wait, and each arrival at the cluster barrier needs
+// its wait. Not modelled: memory between blocks of one
 // launch, inline PTX, asynchronous copies.
 #pragma once
 
@@ -43,14 +48,24 @@ void set_order(Order order, uint64_t seed);
 
 using Body = void (*)(void* closure);
 
-// Runs closure once per thread of the grid; throws Error, or what the kernel threw.
-void run_grid(Index3 grid, Index3 block, size_t shared_bytes, Body body, void* closure);
+// Runs closure once per thread of the grid; throws Error, or what the kernel threw. cluster: blocks
+// per cluster, along x.
+void run_grid(Index3 grid, Index3 block, unsigned cluster, size_t shared_bytes, Body body,
+              void* closure);
 
 // The running block's shared memory. Throws Error if fewer than num_bytes were asked for at launch.
 void* shared_memory(size_t num_bytes);
 
 void sync_threads(const char* file, int line);
 void sync_warp(unsigned mask, const char* file, int line);
+
+// Of the cluster that the running block belongs to. map_shared: what own is in the running block's
+// shared memory, in that of block `rank`.
+void arrive_cluster(const char* file, int line);
+void wait_cluster(const char* file, int line);
+unsigned rank_in_cluster();
+unsigned blocks_in_cluster();
+void* map_shared(const void* own, unsigned rank);
 
 // Every lane gives its bits and gets all 32 (valid until the lane's next collective).
 const uint64_t* exchange(unsigned mask, uint64_t bits, const char* what, const char* file,

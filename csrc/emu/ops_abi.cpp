@@ -7,8 +7,8 @@
 #include "attention/own_keys.h"
 #include "emu/emu.h"
 #include "emu/planted_bugs.h"
+#include "loss/loss_rows_plan.h"
 #include "loss/row_stats.h"
-#include "loss/soft_ce_rows.h"
 #include "loss/step_sums.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
@@ -80,27 +80,58 @@ const char* emu_row_stats(void* logits, int dtype, int64_t rows, int64_t vocab, 
   });
 }
 
-const char* emu_soft_ce_rows(void* logits, int dtype, void* teacher, int teacher_dtype,
-                             int64_t rows, int64_t teacher_rows, int64_t vocab,
-                             void* row_to_teacher, void* weight, void* teacher_lse, void* loss,
-                             void* accepted, void* correct) {
+// Null: absent. access -1: the path that the launcher chooses, else that of sf::cuda::Access.
+const char* emu_loss_rows(void* logits, int dtype, int64_t rows, int64_t vocab, void* teacher,
+                          int teacher_dtype, int64_t teacher_rows, int64_t teacher_vocab,
+                          void* row_to_teacher, void* weight, void* teacher_lse,
+                          void* teacher_argmax, void* label, void* kl_weight, void* loss,
+                          void* accepted, void* correct, void* top_prob, void* entropy, int kind,
+                          double temperature, double beta, double hard_weight, int writes_gradient,
+                          int access, int cluster) {
+  const auto optional = [](void* data, sf::DType type, std::initializer_list<int64_t> shape) {
+    return data == nullptr ? sf::TensorView{} : view(data, type, shape);
+  };
   return guarded([&] {
-    sf::cuda::soft_ce_rows(
-        {view(logits, code(dtype), {rows, vocab}),
-         view(teacher, code(teacher_dtype), {teacher_rows, vocab}),
-         view(row_to_teacher, sf::kI32, {rows}), view(weight, sf::kF32, {rows}),
-         view(teacher_lse, sf::kF32, {teacher_rows}), view(loss, sf::kF32, {rows}),
-         view(accepted, sf::kF32, {rows}), view(correct, sf::kU8, {rows})},
-        {});
+    const sf::LossRows args{view(logits, code(dtype), {rows, vocab}),
+                            optional(teacher, code(teacher_dtype), {teacher_rows, teacher_vocab}),
+                            view(row_to_teacher, sf::kI32, {rows}),
+                            view(weight, sf::kF32, {rows}),
+                            optional(teacher_lse, sf::kF32, {teacher_rows}),
+                            optional(teacher_argmax, sf::kI32, {teacher_rows}),
+                            optional(label, sf::kI32, {teacher_rows}),
+                            optional(kl_weight, sf::kF32, {rows}),
+                            view(loss, sf::kF32, {rows}),
+                            view(accepted, sf::kF32, {rows}),
+                            view(correct, sf::kU8, {rows}),
+                            view(top_prob, sf::kF32, {rows}),
+                            view(entropy, sf::kF32, {rows})};
+    const sf::LossSpec spec{static_cast<sf::LossKind>(kind), static_cast<float>(temperature),
+                            static_cast<float>(beta), static_cast<float>(hard_weight),
+                            writes_gradient != 0};
+    if (access < 0) return sf::cuda::loss_rows(args, spec, {});
+    sf::cuda::loss_rows_planned(
+        args, spec, {static_cast<sf::cuda::Access>(access), static_cast<unsigned>(cluster)}, {});
   });
 }
 
-const char* emu_step_sums(void* loss, void* accepted, void* correct, void* weight, void* step,
-                          int64_t rows, void* sums, int64_t num_steps) {
+// plan [2]: access, cluster.
+const char* emu_loss_rows_plan(int capability_major, int64_t vocab, int dtype, int teacher_dtype,
+                               int aligned, int64_t* plan) {
+  return guarded([&] {
+    const sf::cuda::RowPlan chosen = sf::cuda::plan_rows(
+        {capability_major, vocab, code(dtype), code(teacher_dtype), aligned != 0});
+    plan[0] = static_cast<int64_t>(chosen.access);
+    plan[1] = chosen.cluster;
+  });
+}
+
+const char* emu_step_sums(void* loss, void* accepted, void* correct, void* top_prob, void* entropy,
+                          void* weight, void* step, int64_t rows, void* sums, int64_t num_steps) {
   return guarded([&] {
     sf::cuda::step_sums({view(loss, sf::kF32, {rows}), view(accepted, sf::kF32, {rows}),
-                         view(correct, sf::kU8, {rows}), view(weight, sf::kF32, {rows}),
-                         view(step, sf::kI32, {rows}), view(sums, sf::kF64, {5, num_steps})},
+                         view(correct, sf::kU8, {rows}), view(top_prob, sf::kF32, {rows}),
+                         view(entropy, sf::kF32, {rows}), view(weight, sf::kF32, {rows}),
+                         view(step, sf::kI32, {rows}), view(sums, sf::kF64, {7, num_steps})},
                         {});
   });
 }

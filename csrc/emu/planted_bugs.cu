@@ -2,6 +2,7 @@
 // mistake.
 #include <string>
 
+#include "core/cluster.cuh"
 #include "core/launch.cuh"
 #include "core/reduce.cuh"
 #include "emu/planted_bugs.h"
@@ -84,6 +85,43 @@ __global__ void atomic_kernel(float* out) {
   atomicAdd(count, 1u);
 }
 
+// Each thread reads what its peer in the cluster's other block wrote. kLeaves: the block that reads
+// last finds the other gone.
+enum class Cluster { kRight, kNoBarrier, kNotStarted, kLeaves, kReturnsArrived };
+
+template <Cluster kBug>
+__global__ void peer_kernel(float* out) {
+  Shared& shared = shared_storage<Shared>();
+  const unsigned peer = cluster_rank() ^ 1;
+  if constexpr (kBug != Cluster::kNotStarted) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  shared.x[threadIdx.x] = static_cast<float>(threadIdx.x);
+  if constexpr (kBug == Cluster::kReturnsArrived) {
+    cluster_arrive();
+    return;
+  }
+  if constexpr (kBug == Cluster::kRight || kBug == Cluster::kLeaves) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  const float theirs = peer_shared(shared.x, peer)[(threadIdx.x + 40) % kThreads];
+  if (cluster_rank() == 1) out[threadIdx.x] = theirs;
+  if constexpr (kBug == Cluster::kRight) {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
+// One block goes to the barrier, the other has returned.
+__global__ void lone_block_kernel(float* out) {
+  out[threadIdx.x] = 0.0f;
+  if (cluster_rank() == 1) return;
+  cluster_arrive();
+  cluster_wait();
+}
+
 }  // namespace
 
 void run_planted(const std::string& name, float* out) {
@@ -108,6 +146,21 @@ void run_planted(const std::string& name, float* out) {
   for (const auto& entry : kernels) {
     if (name == entry.name) return launch({1, kThreads, sizeof(Shared)}, {}, entry.kernel, out);
   }
+  const struct {
+    const char* name;
+    Kernel kernel;
+  } clusters[] = {
+      {"cluster", peer_kernel<Cluster::kRight>},
+      {"cluster_missing_barrier", peer_kernel<Cluster::kNoBarrier>},
+      {"cluster_not_started", peer_kernel<Cluster::kNotStarted>},
+      {"cluster_leaves", peer_kernel<Cluster::kLeaves>},
+      {"cluster_returns_arrived", peer_kernel<Cluster::kReturnsArrived>},
+      {"cluster_lone_block", lone_block_kernel},
+  };
+  for (const auto& entry : clusters) {
+    if (name == entry.name) return launch({2, kThreads, sizeof(Shared), 2}, {}, entry.kernel, out);
+  }
+  if (name == "ragged_cluster") return launch({3, 32, 0, 2}, {}, lone_block_kernel, out);
   if (name == "ragged_block") return launch({1, 33, 0}, {}, global_overrun_kernel, out);
   if (name == "huge_block") return launch({1, 2048, 0}, {}, global_overrun_kernel, out);
   throw ArgumentError("run_planted: no kernel is called " + name);

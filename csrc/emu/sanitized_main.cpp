@@ -11,8 +11,8 @@
 #include "attention/own_keys.h"
 #include "emu/emu.h"
 #include "emu/planted_bugs.h"
+#include "loss/loss_rows_plan.h"
 #include "loss/row_stats.h"
-#include "loss/soft_ce_rows.h"
 #include "loss/step_sums.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
@@ -74,37 +74,82 @@ Bytes row_stats(sf::DType dtype, int64_t rows, int64_t vocab) {
   return all;
 }
 
-Bytes soft_ce_rows(sf::DType student, sf::DType teacher, int64_t rows, int64_t vocab) {
-  Tensor z(student, {rows, vocab}), t(teacher, {2, vocab}), map(sf::kI32, {rows}),
-      weight(sf::kF32, {rows}), lse(sf::kF32, {2}), loss(sf::kF32, {rows}),
-      accepted(sf::kF32, {rows}), correct(sf::kU8, {rows});
+struct Path {
+  sf::cuda::Access access;
+  unsigned cluster;
+  int64_t vocab, rest;  // rest: columns of the teacher that the draft does not have
+};
+
+// Row 1 has weight 0, row 2 no teacher. The teacher's normaliser is given where it has no rest.
+Bytes loss_rows(sf::DType student, sf::DType teacher, sf::LossKind kind, const Path& path) {
+  constexpr int64_t kRows = 3;
+  const bool hard = kind == sf::LossKind::kHardCe, lambda = kind == sf::LossKind::kLkLambda;
+  const bool has_lse = !hard && path.rest == 0;
+  Tensor z(student, {kRows, path.vocab}), t(teacher, {2, path.vocab + path.rest}),
+      map(sf::kI32, {kRows}), weight(sf::kF32, {kRows}), kl_weight(sf::kF32, {kRows}),
+      lse(sf::kF32, {2}), label(sf::kI32, {2}), loss(sf::kF32, {kRows}),
+      accepted(sf::kF32, {kRows}), correct(sf::kU8, {kRows}), top_prob(sf::kF32, {kRows}),
+      entropy(sf::kF32, {kRows});
   fill_logits(z, 2);
   fill_logits(t, 3);
-  for (int64_t n = 0; n < rows; ++n) {
-    map.as<int32_t>()[n] = n == 2 ? 9 : static_cast<int32_t>(n % 2);  // 9: out of range
+  for (int64_t n = 0; n < kRows; ++n) {
+    map.as<int32_t>()[n] = n == 2 ? 9 : static_cast<int32_t>(n % 2);
     weight.as<float>()[n] = n == 1 ? 0.0f : 0.5f + static_cast<float>(n);
+    kl_weight.as<float>()[n] = 0.25f;
   }
   lse.as<float>()[0] = lse.as<float>()[1] = 20.0f;
-  sf::cuda::soft_ce_rows({z.view(), t.view(), map.view(), weight.view(), lse.view(), loss.view(),
-                          accepted.view(), correct.view()},
-                         {});
+  label.as<int32_t>()[0] = 0;
+  label.as<int32_t>()[1] = static_cast<int32_t>(path.vocab - 1);
+  const sf::TensorView none;
+  const sf::LossSpec spec{kind, 1.5f, 0.3f, hard ? 0.0f : 0.5f, true};
+  sf::cuda::loss_rows_planned(
+      {z.view(), hard ? none : t.view(), map.view(), weight.view(), has_lse ? lse.view() : none,
+       none, label.view(), lambda ? kl_weight.view() : none, loss.view(), accepted.view(),
+       correct.view(), top_prob.view(), entropy.view()},
+      spec, {path.access, path.cluster}, {});
   Bytes all;
-  for (Tensor* tensor : {&z, &loss, &accepted, &correct}) append(all, *tensor);
+  for (Tensor* tensor : {&z, &loss, &accepted, &correct, &top_prob, &entropy}) append(all, *tensor);
+  return all;
+}
+
+Bytes all_loss_rows() {
+  using sf::cuda::Access;
+  // one element; ragged; a chunk; one chunk for the first block of two; several warps of each block
+  constexpr Path kPaths[] = {
+      {Access::kScalar, 1, 1, 0},       {Access::kScalar, 1, 67, 5},  {Access::kStreamed, 1, 8, 0},
+      {Access::kStreamed, 1, 1032, 16}, {Access::kHeld, 1, 1032, 0},  {Access::kHeld, 1, 1032, 24},
+      {Access::kHeld, 2, 8, 0},         {Access::kHeld, 2, 2056, 24}, {Access::kHeld, 4, 1032, 0}};
+  Bytes all;
+  const auto add = [&](const Bytes& bytes) { all.insert(all.end(), bytes.begin(), bytes.end()); };
+  // One kind per kernel, f32 and bf16 in turn: TSan takes a tenth of a second per row.
+  unsigned turn = 0;
+  for (sf::LossKind kind : {sf::LossKind::kHardCe, sf::LossKind::kSoftCe, sf::LossKind::kLkLambda,
+                            sf::LossKind::kJsd}) {
+    for (const Path& path : kPaths) {
+      const sf::DType dtype = ++turn % 2 == 0 ? sf::kF32 : sf::kBF16;
+      add(loss_rows(dtype, dtype, kind, path));
+    }
+  }
+  add(loss_rows(sf::kF32, sf::kBF16, sf::LossKind::kSoftCe, kPaths[3]));
+  add(loss_rows(sf::kBF16, sf::kF32, sf::LossKind::kJsd, kPaths[3]));
   return all;
 }
 
 Bytes step_sums(int64_t rows, int64_t steps) {
   Tensor loss(sf::kF32, {rows}), accepted(sf::kF32, {rows}), correct(sf::kU8, {rows}),
-      weight(sf::kF32, {rows}), step(sf::kI32, {rows}), sums(sf::kF64, {5, steps});
-  fill_logits(loss, 4);
-  fill_logits(accepted, 5);
-  fill_logits(weight, 6);
+      top_prob(sf::kF32, {rows}), entropy(sf::kF32, {rows}), weight(sf::kF32, {rows}),
+      step(sf::kI32, {rows}), sums(sf::kF64, {7, steps});
+  unsigned seed = 4;
+  for (Tensor* tensor : {&loss, &accepted, &top_prob, &entropy, &weight}) {
+    fill_logits(*tensor, seed++);
+  }
   for (int64_t n = 0; n < rows; ++n) {
     correct.as<uint8_t>()[n] = n % 3 == 0;
     step.as<int32_t>()[n] = static_cast<int32_t>(n % (steps + 1));  // the last one counts nowhere
   }
-  sf::cuda::step_sums(
-      {loss.view(), accepted.view(), correct.view(), weight.view(), step.view(), sums.view()}, {});
+  sf::cuda::step_sums({loss.view(), accepted.view(), correct.view(), top_prob.view(),
+                       entropy.view(), weight.view(), step.view(), sums.view()},
+                      {});
   Bytes all;
   append(all, sums);
   return all;
@@ -203,11 +248,8 @@ Bytes all_kernels() {
   for (sf::DType dtype : {sf::kF32, sf::kBF16}) {
     // one element; below a chunk; odd rows unaligned; several warps with head and tail; two batches
     for (int64_t vocab : {1, 7, 9, 601, 1037}) add(row_stats(dtype, 3, vocab));
-    for (sf::DType teacher : {sf::kF32, sf::kBF16}) {
-      for (int64_t vocab : {1, 8, 67, 1032}) add(soft_ce_rows(dtype, teacher, 4, vocab));
-    }
   }
-  add(soft_ce_rows(sf::kF32, sf::kF32, 1, 16392));  // one chunk past what registers hold
+  add(all_loss_rows());
   add(step_sums(0, 1));
   add(step_sums(300, 3));
   add(ttt_maps(13, {0, 4, 4, 13}, 3));
