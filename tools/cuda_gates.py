@@ -34,7 +34,8 @@ WANTED_SASS = {
     r"loss_rows_kernel<\(Group\)\d, \(Access\)[01],": ("LDG.E.128", "STG.E.128"),
 }
 # The same on compute capability 9.0 and up, where mapa becomes arithmetic and the store to a peer's
-# shared memory a generic one, ST.E, which these kernels have no other use for; below, these kernels must be empty stubs.
+# shared memory a generic one, ST.E, which these kernels have no other use for. Below, these kernels
+# must be empty stubs.
 WANTED_SASS_SM90 = {
     r"loss_rows_cluster_kernel<": (
         "LDG.E.128",
