@@ -17,7 +17,11 @@ __all__: list[str] = [
     "ArenaReservation",
     "available_isas",
     "copy_crc32c",
+    "copy_crc32c_by",
     "crc32c",
+    "crc32c_by",
+    "crc32c_combine",
+    "crc32c_paths",
     "crc32c_table",
     "cuda_compiled",
     "has_fast_bf16",
@@ -122,9 +126,29 @@ def available_isas() -> list[str]: ...
 def copy_crc32c(
     dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def copy_crc32c_by(
+    path: str,
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    crc: typing.SupportsInt | typing.SupportsIndex = 0,
+    streams: bool = False,
+) -> int: ...
 def crc32c(
     data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def crc32c_by(
+    path: str, data: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0
+) -> int: ...
+def crc32c_combine(
+    crc_a: typing.SupportsInt | typing.SupportsIndex,
+    crc_b: typing.SupportsInt | typing.SupportsIndex,
+    nbytes_b: typing.SupportsInt | typing.SupportsIndex,
+) -> int: ...
+def crc32c_paths() -> list[str]:
+    """
+    For tests: the implementations this CPU can run.
+    """
+
 def crc32c_table(
     data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
