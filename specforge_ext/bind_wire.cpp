@@ -6,6 +6,7 @@
 #include "convert.h"
 #include "core/check.h"
 #include "core/crc32c.h"
+#include "wire/fp8_rows.h"
 
 namespace py = pybind11;
 
@@ -52,8 +53,33 @@ void bind_checksum_paths(py::module_& m) {
   m.def("crc32c_combine", &crc32c_combine, py::arg("crc_a"), py::arg("crc_b"), py::arg("nbytes_b"));
 }
 
+Stream stream_of(uintptr_t handle) { return {reinterpret_cast<void*>(handle)}; }
+
+void bind_fp8(py::module_& m) {
+  m.def(
+      "fp8_pack",
+      [](const TensorView& x, const TensorView& payload, const TensorView& scale,
+         const TensorView& row_crc, const TensorView& summary, bool checksum, uintptr_t stream) {
+        fp8_pack({x, payload, scale, row_crc, summary, checksum}, stream_of(stream));
+      },
+      py::arg("x"), py::arg("payload"), py::arg("scale"), py::arg("row_crc"), py::arg("summary"),
+      py::arg("checksum"), py::arg("stream") = 0, NoGil());
+  m.def(
+      "fp8_unpack",
+      [](const TensorView& payload, const TensorView& scale, const TensorView& y,
+         const TensorView& row_crc, const TensorView& summary, bool checksum, uintptr_t stream) {
+        fp8_unpack({payload, scale, y, row_crc, summary, checksum}, stream_of(stream));
+      },
+      py::arg("payload"), py::arg("scale"), py::arg("y"), py::arg("row_crc"), py::arg("summary"),
+      py::arg("checksum"), py::arg("stream") = 0, NoGil());
+  m.def("fp8_encode", &fp8_encode, py::arg("x"), py::arg("q"), "For tests.", NoGil());
+}
+
 }  // namespace
 
-void bind_wire(py::module_& m) { bind_checksum_paths(m); }
+void bind_wire(py::module_& m) {
+  bind_checksum_paths(m);
+  bind_fp8(m);
+}
 
 }  // namespace sf

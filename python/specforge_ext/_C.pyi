@@ -24,6 +24,9 @@ __all__: list[str] = [
     "crc32c_paths",
     "crc32c_table",
     "cuda_compiled",
+    "fp8_encode",
+    "fp8_pack",
+    "fp8_unpack",
     "has_fast_bf16",
     "isa",
     "pack_samples",
@@ -152,6 +155,29 @@ def crc32c_paths() -> list[str]:
 def crc32c_table(
     data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def fp8_encode(x: torch.Tensor, q: torch.Tensor) -> None:
+    """
+    For tests.
+    """
+
+def fp8_pack(
+    x: torch.Tensor,
+    payload: torch.Tensor,
+    scale: torch.Tensor,
+    row_crc: torch.Tensor,
+    summary: torch.Tensor,
+    checksum: bool,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def fp8_unpack(
+    payload: torch.Tensor,
+    scale: torch.Tensor,
+    y: torch.Tensor,
+    row_crc: torch.Tensor,
+    summary: torch.Tensor,
+    checksum: bool,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
 def has_fast_bf16() -> bool: ...
 def isa() -> str: ...
 def pack_samples(
