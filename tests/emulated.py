@@ -23,7 +23,7 @@ BUILD = ROOT / "build" / "emu"
 BUILD_TIMEOUT_S = 300
 RUN_TIMEOUT_S = 120
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 _INCLUDES = ("-I", str(CSRC / "emu"), "-I", str(CSRC))
@@ -99,6 +99,8 @@ def library() -> ctypes.CDLL:
     sources = [*_op_sources(), CSRC / "emu" / "emu.cpp", CSRC / "emu" / "ops_abi.cpp"]
     loaded = ctypes.CDLL(str(_compile(("-fPIC", "-shared"), sources, BUILD / "ops.so")))
     for name in ("row_stats", "soft_ce_rows", "step_sums", "ttt_counts", "ttt_fill", "planted"):
+        getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
+    for name in ("fp8_pack", "fp8_unpack"):
         getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
     return loaded
 
@@ -181,3 +183,26 @@ def ttt_fill(mask_T: Tensor, cu_seqlens: Tensor, counts: Tensor) -> tuple[Tensor
     inputs = (mask_T, mask_T.numel(), cu_seqlens, cu_seqlens.numel() - 1, counts, len(num_active))
     _call("ttt_fill", *inputs, *out)
     return out
+
+
+def fp8_pack(x_NW: Tensor, *, checksum: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """(payload, scale, summary): csrc/wire/fp8_rows.h."""
+    rows, width = x_NW.shape
+    payload = torch.full((rows, width), 0xA5, dtype=torch.uint8)
+    scale, summary = torch.full((rows,), -7.0), torch.full((2,), -7)
+    row_crc = torch.full((rows,), -7, dtype=torch.int32)
+    inputs = (x_NW, DTYPE_CODES[x_NW.dtype], rows, width)
+    _call("fp8_pack", *inputs, payload, scale, row_crc, summary, int(checksum))
+    return payload, scale, summary
+
+
+def fp8_unpack(
+    payload_NW: Tensor, scale_N: Tensor, dtype: torch.dtype, *, checksum: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(y, summary)"""
+    rows, width = payload_NW.shape
+    y, summary = torch.full((rows, width), torch.nan, dtype=dtype), torch.full((2,), -7)
+    row_crc = torch.full((rows,), -7, dtype=torch.int32)
+    outputs = (y, DTYPE_CODES[dtype], rows, width, row_crc, summary, int(checksum))
+    _call("fp8_unpack", payload_NW, scale_N, *outputs)
+    return y, summary

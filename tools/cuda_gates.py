@@ -29,6 +29,7 @@ TIMEOUT_S = 300
 WANTED_SASS = {
     r"row_stats_kernel<": ("LDG.E.128",),
     r"soft_ce_rows_kernel<\(.*Access\)[01],": ("LDG.E.128", "STG.E.128"),
+    r"fp8_(un)?pack_kernel<(true|\(bool\)1),": ("LDG.E.128", "STG.E.128"),
 }
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 PTXAS_ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")

@@ -9,6 +9,7 @@
 #include "loss/soft_ce_rows.h"
 #include "loss/step_sums.h"
 #include "pack/ttt_maps.h"
+#include "wire/fp8_rows.h"
 
 namespace {
 
@@ -101,6 +102,26 @@ const char* emu_ttt_fill(void* mask, int64_t tokens, void* cu_seqlens, int64_t s
          view(pair_teacher, sf::kI32, {pairs}),
          view(teacher_rows, sf::kI32, {counts[ttt_length + 1]})},
         {});
+  });
+}
+
+const char* emu_fp8_pack(void* x, int dtype, int64_t rows, int64_t width, void* payload,
+                         void* scale, void* row_crc, void* summary, int checksum) {
+  return guarded([&] {
+    sf::cuda::fp8_pack({view(x, code(dtype), {rows, width}), view(payload, sf::kU8, {rows, width}),
+                        view(scale, sf::kF32, {rows}), view(row_crc, sf::kI32, {rows}),
+                        view(summary, sf::kI64, {2}), checksum != 0},
+                       {});
+  });
+}
+
+const char* emu_fp8_unpack(void* payload, void* scale, void* y, int dtype, int64_t rows,
+                           int64_t width, void* row_crc, void* summary, int checksum) {
+  return guarded([&] {
+    sf::cuda::fp8_unpack({view(payload, sf::kU8, {rows, width}), view(scale, sf::kF32, {rows}),
+                          view(y, code(dtype), {rows, width}), view(row_crc, sf::kI32, {rows}),
+                          view(summary, sf::kI64, {2}), checksum != 0},
+                         {});
   });
 }
 

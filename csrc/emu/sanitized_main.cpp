@@ -14,6 +14,7 @@
 #include "loss/soft_ce_rows.h"
 #include "loss/step_sums.h"
 #include "pack/ttt_maps.h"
+#include "wire/fp8_rows.h"
 
 namespace {
 
@@ -125,6 +126,19 @@ Bytes ttt_maps(int64_t tokens, const std::vector<int32_t>& bounds, int64_t lengt
   return all;
 }
 
+Bytes fp8_rows(sf::DType dtype, int64_t rows, int64_t width) {
+  Tensor x(dtype, {rows, width}), payload(sf::kU8, {rows, width}), scale(sf::kF32, {rows}),
+      row_crc(sf::kI32, {rows}), packed(sf::kI64, {2}), y(dtype, {rows, width}),
+      unpacked(sf::kI64, {2});
+  fill_logits(x, 8);
+  sf::cuda::fp8_pack({x.view(), payload.view(), scale.view(), row_crc.view(), packed.view()}, {});
+  sf::cuda::fp8_unpack({payload.view(), scale.view(), y.view(), row_crc.view(), unpacked.view()},
+                       {});
+  Bytes all;
+  for (Tensor* tensor : {&payload, &scale, &packed, &y, &unpacked}) append(all, *tensor);
+  return all;
+}
+
 Bytes all_kernels() {
   Bytes all;
   const auto add = [&](const Bytes& bytes) { all.insert(all.end(), bytes.begin(), bytes.end()); };
@@ -140,6 +154,10 @@ Bytes all_kernels() {
   add(step_sums(300, 3));
   add(ttt_maps(13, {0, 4, 4, 13}, 3));
   add(ttt_maps(64, {0, 30, 64}, 7));  // two warps, and two tiles from step 1 on
+  for (sf::DType dtype : {sf::kF32, sf::kBF16}) {
+    // one byte; a chunk; scalar, several warps; vectors, two rounds and two blocks of rows
+    for (int64_t width : {1, 16, 1037, 4352}) add(fp8_rows(dtype, 9, width));
+  }
   return all;
 }
 
