@@ -259,6 +259,16 @@ def test_ops_have_fakes() -> None:
     torch.library.opcheck(torch.ops.specforge_ext.fp8_unpack_, (codes, torch.ones(4), y, True))
 
 
+def test_inside_a_compiled_function() -> None:
+    x = random_feature(8, 64, torch.bfloat16)
+
+    def there_and_back(x: Tensor) -> Tensor:
+        return ops.fp8_unpack(ops.fp8_pack(x * 2), dtype=torch.float32) + 1
+
+    compiled = torch.compile(there_and_back, backend="aot_eager")
+    assert torch.equal(compiled(x), there_and_back(x))
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
