@@ -177,8 +177,8 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 def run_case(report: Report, case: str, impls: Impls, nbytes: int, *, quick: bool) -> None:
-    times = max(1, 8 * MIB // nbytes)
-    rounds = 5 if quick or nbytes > 16 * MIB else 9
+    times = max(1, 4 * MIB // nbytes)
+    rounds = 3 if quick else 5
     calls = {impl: repeated(call, times) for impl, call in impls.items()}
     timings = {
         impl: Timing(t.median_s / times, t.spread_s / times, t.cpu_s / times, t.rounds)
@@ -221,8 +221,8 @@ def main() -> None:
         data = torch.randint(0, 256, (size * MIB,), dtype=torch.uint8)
         for job, make in {"copy": copy_impls, "verify": verify_impls}.items():
             run_case(report, f"{job}/{size}MiB", make(data), data.nbytes, quick=script.quick)
-    if script.json:
-        report.write(script.json)
+        if script.json:
+            report.write(script.json)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def _unpack(payload_NW: Tensor, scale_N: Tensor, y: Tensor, checksum: bool) -> T
     return summary
 
 
-# What torch.compile traces. Called directly, the registered ops cost 50 us each: as much as 500 KiB.
+# What torch.compile traces. Called directly, a registered op costs 50 us: as much as 500 KiB do.
 _pack_op = torch.library.custom_op(
     "specforge_ext::fp8_pack_", _pack, mutates_args=("payload", "scale")
 )
