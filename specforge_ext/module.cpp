@@ -25,4 +25,5 @@ PYBIND11_MODULE(_C, m) {
   });
   sf::bind_ops(m);
   sf::bind_transport(m);
+  sf::bind_wire(m);
 }

@@ -27,7 +27,6 @@ BUILD = ROOT / "build" / "emu"
 BUILD_TIMEOUT_S = 300
 RUN_TIMEOUT_S = 120
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 LOSS_KINDS = ("hard_ce", "soft_ce", "reverse_kl", "jsd", "l1", "lk_alpha", "lk_lambda")
 OPS = (
     "row_stats",
@@ -39,8 +38,11 @@ OPS = (
     "pack_samples",
     "own_keys_merge",
     "own_keys_grads",
+    "fp8_pack",
+    "fp8_unpack",
 )
 ACCESSES = ("held", "streamed", "scalar")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 _INCLUDES = ("-I", str(CSRC / "emu"), "-I", str(CSRC))
@@ -361,3 +363,26 @@ def _own_keys_table(
             for k, v, r, gk, gv in steps
         ]
     )
+
+
+def fp8_pack(x_NW: Tensor, *, checksum: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """(payload, scale, summary): csrc/wire/fp8_rows.h."""
+    rows, width = x_NW.shape
+    payload = torch.full((rows, width), 0xA5, dtype=torch.uint8)
+    scale, summary = torch.full((rows,), -7.0), torch.full((2,), -7)
+    row_crc = torch.full((rows,), -7, dtype=torch.int32)
+    inputs = (x_NW, DTYPE_CODES[x_NW.dtype], rows, width)
+    _call("fp8_pack", *inputs, payload, scale, row_crc, summary, int(checksum))
+    return payload, scale, summary
+
+
+def fp8_unpack(
+    payload_NW: Tensor, scale_N: Tensor, dtype: torch.dtype, *, checksum: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(y, summary)"""
+    rows, width = payload_NW.shape
+    y, summary = torch.full((rows, width), torch.nan, dtype=dtype), torch.full((2,), -7)
+    row_crc = torch.full((rows,), -7, dtype=torch.int32)
+    outputs = (y, DTYPE_CODES[dtype], rows, width, row_crc, summary, int(checksum))
+    _call("fp8_unpack", payload_NW, scale_N, *outputs)
+    return y, summary

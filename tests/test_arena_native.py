@@ -20,7 +20,8 @@ def build(program: str, sanitizers: str) -> Path:
     if compiler is None:
         pytest.skip("no g++ to compile the sanitized arena with")
     command = [compiler, *FLAGS, f"-fsanitize={sanitizers}", f"-I{ROOT / 'csrc'}"]
-    arena = [*sorted((ROOT / "csrc/transport").glob("*.cpp")), ROOT / "csrc/core/crc32c.cpp"]
+    core = sorted((ROOT / "csrc/core").glob("crc32c*.cpp"))
+    arena = [*sorted((ROOT / "csrc/transport").glob("*.cpp")), *core]
     main = ROOT / "tests/native" / f"{program}.cpp"
     folder = ROOT / "build/sanitized" / digest_of(command, [*arena, *ROOT.glob("csrc/*/*.h")])
     if not folder.exists():

@@ -78,7 +78,7 @@ def test_trainer_names_no_method() -> None:
 
 
 def test_csrc_knows_neither_python_nor_torch_and_families_are_strangers() -> None:
-    families = {"loss", "pack", "attention", "transport"}
+    families = {"loss", "pack", "attention", "transport", "wire"}
     for path in (ROOT / "csrc").rglob("*"):
         if path.suffix not in {".h", ".cpp", ".cu", ".cuh"}:
             continue

@@ -12,6 +12,7 @@
 #include "loss/step_sums.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
+#include "wire/fp8_rows.h"
 
 namespace {
 
@@ -217,6 +218,26 @@ const char* emu_own_keys_grads(void* grad_out, void* query, void* out, void* lse
     sf::cuda::own_keys_grads({c.query(grad_out), c.query(query), c.query(out), c.lse(lse),
                               c.query(grad_query), c.own, c.grads, *scale},
                              {});
+  });
+}
+
+const char* emu_fp8_pack(void* x, int dtype, int64_t rows, int64_t width, void* payload,
+                         void* scale, void* row_crc, void* summary, int checksum) {
+  return guarded([&] {
+    sf::cuda::fp8_pack({view(x, code(dtype), {rows, width}), view(payload, sf::kU8, {rows, width}),
+                        view(scale, sf::kF32, {rows}), view(row_crc, sf::kI32, {rows}),
+                        view(summary, sf::kI64, {2}), checksum != 0},
+                       {});
+  });
+}
+
+const char* emu_fp8_unpack(void* payload, void* scale, void* y, int dtype, int64_t rows,
+                           int64_t width, void* row_crc, void* summary, int checksum) {
+  return guarded([&] {
+    sf::cuda::fp8_unpack({view(payload, sf::kU8, {rows, width}), view(scale, sf::kF32, {rows}),
+                          view(y, code(dtype), {rows, width}), view(row_crc, sf::kI32, {rows}),
+                          view(summary, sf::kI64, {2}), checksum != 0},
+                         {});
   });
 }
 

@@ -16,6 +16,7 @@
 #include "loss/step_sums.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
+#include "wire/fp8_rows.h"
 
 namespace {
 
@@ -242,6 +243,19 @@ Bytes own_keys(sf::DType dtype, int64_t rows, int64_t kv_heads, int64_t group, i
   return all;
 }
 
+Bytes fp8_rows(sf::DType dtype, int64_t rows, int64_t width) {
+  Tensor x(dtype, {rows, width}), payload(sf::kU8, {rows, width}), scale(sf::kF32, {rows}),
+      row_crc(sf::kI32, {rows}), packed(sf::kI64, {2}), y(dtype, {rows, width}),
+      unpacked(sf::kI64, {2});
+  fill_logits(x, 8);
+  sf::cuda::fp8_pack({x.view(), payload.view(), scale.view(), row_crc.view(), packed.view()}, {});
+  sf::cuda::fp8_unpack({payload.view(), scale.view(), y.view(), row_crc.view(), unpacked.view()},
+                       {});
+  Bytes all;
+  for (Tensor* tensor : {&payload, &scale, &packed, &y, &unpacked}) append(all, *tensor);
+  return all;
+}
+
 Bytes all_kernels() {
   Bytes all;
   const auto add = [&](const Bytes& bytes) { all.insert(all.end(), bytes.begin(), bytes.end()); };
@@ -262,6 +276,8 @@ Bytes all_kernels() {
     add(own_keys(dtype, 7, 1, 4, 64, 3));
     add(own_keys(dtype, 5, 3, 1, 80, 2));  // the last lanes of a team have nothing to do
     add(own_keys(dtype, 3, 2, 2, 256, 6));
+    // one byte; a chunk; scalar, several warps; vectors, two rounds and two blocks of rows
+    for (int64_t width : {1, 16, 1037, 4352}) add(fp8_rows(dtype, 9, width));
   }
   return all;
 }

@@ -18,9 +18,16 @@ __all__: list[str] = [
     "advise_huge_pages",
     "available_isas",
     "copy_crc32c",
+    "copy_crc32c_by",
     "crc32c",
+    "crc32c_by",
+    "crc32c_combine",
+    "crc32c_paths",
     "crc32c_table",
     "cuda_compiled",
+    "fp8_encode",
+    "fp8_pack",
+    "fp8_unpack",
     "has_fast_bf16",
     "isa",
     "loss_rows",
@@ -126,12 +133,55 @@ def available_isas() -> list[str]: ...
 def copy_crc32c(
     dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def copy_crc32c_by(
+    path: str,
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    crc: typing.SupportsInt | typing.SupportsIndex = 0,
+    streams: bool = False,
+) -> int: ...
 def crc32c(
     data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def crc32c_by(
+    path: str, data: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0
+) -> int: ...
+def crc32c_combine(
+    crc_a: typing.SupportsInt | typing.SupportsIndex,
+    crc_b: typing.SupportsInt | typing.SupportsIndex,
+    nbytes_b: typing.SupportsInt | typing.SupportsIndex,
+) -> int: ...
+def crc32c_paths() -> list[str]:
+    """
+    For tests: the implementations this CPU can run.
+    """
+
 def crc32c_table(
     data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def fp8_encode(x: torch.Tensor, q: torch.Tensor) -> None:
+    """
+    For tests.
+    """
+
+def fp8_pack(
+    x: torch.Tensor,
+    payload: torch.Tensor,
+    scale: torch.Tensor,
+    row_crc: torch.Tensor,
+    summary: torch.Tensor,
+    checksum: bool,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def fp8_unpack(
+    payload: torch.Tensor,
+    scale: torch.Tensor,
+    y: torch.Tensor,
+    row_crc: torch.Tensor,
+    summary: torch.Tensor,
+    checksum: bool,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
 def has_fast_bf16() -> bool: ...
 def isa() -> str: ...
 def loss_rows(

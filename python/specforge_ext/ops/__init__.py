@@ -12,6 +12,8 @@ pack_samples    samples end to end, without padding
 own_keys_merge_ attention over the rows' own keys of earlier TTT steps, into flash attention's
                 output
 own_keys_grads_ its backward
+fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a checksum
+fp8_unpack      and back, the checksum compared
 """
 
 from specforge_ext.ops.attention import own_keys_grads_, own_keys_merge_
@@ -20,15 +22,20 @@ from specforge_ext.ops.pack import pack_samples, ttt_maps
 from specforge_ext.ops.results import DraftLoss, KlSchedule, LossRowsResult, RowLoss, TttMaps
 from specforge_ext.ops.rows import loss_rows_, row_stats
 from specforge_ext.ops.teacher_stats import teacher_stats
+from specforge_ext.ops.wire import CorruptRows, Fp8Rows, fp8_pack, fp8_unpack
 
 __all__ = [
+    "CorruptRows",
     "DraftLoss",
+    "Fp8Rows",
     "KlSchedule",
     "LossRowsResult",
     "RowLoss",
     "TttMaps",
     "draft_first_permutation",
     "draft_loss",
+    "fp8_pack",
+    "fp8_unpack",
     "loss_rows_",
     "own_keys_grads_",
     "own_keys_merge_",

@@ -1,0 +1,5 @@
+#include "wire/fp8_rows_cpu_impl.h"
+
+namespace sf::cpu {
+const Fp8Kernels kFp8Avx2 = kKernels;
+}
