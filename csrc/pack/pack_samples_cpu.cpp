@@ -1,10 +1,9 @@
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <numeric>
 
-#include "core/e4m3.h"
 #include "pack/pack_samples.h"
+#include "wire/fp8_rows.h"
 
 namespace sf::cpu {
 namespace {
@@ -14,49 +13,30 @@ constexpr int64_t kParallelBytes = 256 * 1024;
 // What a thread writes at a time.
 constexpr int64_t kPieceBytes = 1 << 20;
 
-constexpr std::array<float, 256> make_values() {
-  std::array<float, 256> values{};
-  for (int code = 0; code < 256; ++code) values[code] = e4m3_to_f32(static_cast<uint8_t>(code));
-  return values;
-}
-
-constexpr std::array<float, 256> kValues = make_values();
-
 // A run of bytes to copy, or rows to decode.
 struct Piece {
   char* to;
   const char* from;
   int64_t nbytes;       // of the output
   const float* scales;  // nullptr: copy
-  int64_t groups, group_width;
-  bool to_bf16;
+  int64_t group_width;
+  DType dtype;
 };
-
-template <class T>
-void decode(const Piece& piece, T (*convert)(float)) {
-  const auto* from = reinterpret_cast<const uint8_t*>(piece.from);
-  auto* to = reinterpret_cast<T*>(piece.to);
-  const int64_t runs = piece.nbytes / static_cast<int64_t>(sizeof(T)) / piece.group_width;
-  for (int64_t r = 0; r < runs; ++r, from += piece.group_width, to += piece.group_width) {
-    const float scale = piece.scales[r];
-    for (int64_t i = 0; i < piece.group_width; ++i) to[i] = convert(kValues[from[i]] * scale);
-  }
-}
 
 void run(const Piece& piece) {
   if (piece.scales == nullptr) {
     std::memcpy(piece.to, piece.from, static_cast<size_t>(piece.nbytes));
-  } else if (piece.to_bf16) {
-    decode<bf16>(piece, [](float x) { return to_bf16(x); });
-  } else {
-    decode<float>(piece, [](float x) { return x; });
+    return;
   }
+  const int64_t runs =
+      piece.nbytes / static_cast<int64_t>(dtype_size(piece.dtype)) / piece.group_width;
+  fp8_decode_rows(reinterpret_cast<const uint8_t*>(piece.from), piece.scales, runs,
+                  piece.group_width, piece.dtype, piece.to);
 }
 
 void add_copy(std::vector<Piece>& pieces, char* to, const char* from, int64_t nbytes) {
   for (int64_t at = 0; at < nbytes; at += kPieceBytes) {
-    pieces.push_back(
-        {to + at, from + at, std::min(kPieceBytes, nbytes - at), nullptr, 0, 0, false});
+    pieces.push_back({to + at, from + at, std::min(kPieceBytes, nbytes - at), nullptr, 0, kU8});
   }
 }
 
@@ -69,8 +49,7 @@ void add_decode(std::vector<Piece>& pieces, char* to, const PackFeature& feature
   for (int64_t row = 0; row < rows; row += piece_rows) {
     const int64_t nbytes = std::min(piece_rows, rows - row) * row_bytes;
     pieces.push_back({to + row * row_bytes, feature.data.as<const char>() + row * width, nbytes,
-                      feature.scales->as<const float>() + row * groups, groups, width / groups,
-                      dtype == kBF16});
+                      feature.scales->as<const float>() + row * groups, width / groups, dtype});
   }
 }
 

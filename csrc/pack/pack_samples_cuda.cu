@@ -1,8 +1,8 @@
 #include "core/dtype.h"
-#include "core/e4m3.h"
 #include "core/launch.cuh"
 #include "core/vector.cuh"
 #include "pack/pack_samples.h"
+#include "wire/fp8_convert.h"
 
 namespace sf::cuda {
 namespace {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void widen_tokens(const Segments& all, const Segment&
 __device__ __forceinline__ void decode_word(uint32_t word, float scale, float* x) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    x[i] = e4m3_to_f32(static_cast<uint8_t>(word >> (8 * i))) * scale;
+    x[i] = fp8::decode(static_cast<uint8_t>(word >> (8 * i))) * scale;
   }
 }
 
@@ -110,7 +110,7 @@ __device__ __forceinline__ void decode(const Segment& s, int64_t begin, int64_t 
     return;
   }
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    store_one(to + i, e4m3_to_f32(from[i]) * s.scales[i / s.group_width]);
+    store_one(to + i, fp8::decode(from[i]) * s.scales[i / s.group_width]);
   }
 }
 

@@ -45,6 +45,11 @@ void fp8_unpack(const Fp8Unpack& args, Stream stream = {});
 void fp8_encode(const TensorView& x, const TensorView& q);
 
 namespace cpu {
+// As fp8_unpack without its checksum, by the calling thread: for kernels that decode on their way.
+// dtype: kF32 | kBF16 | kF16, of y.
+void fp8_decode_rows(const uint8_t* codes, const float* scale, int64_t rows, int64_t width,
+                     DType dtype, void* y);
+
 void fp8_pack(const Fp8Pack& args, Stream);
 void fp8_unpack(const Fp8Unpack& args, Stream);
 }  // namespace cpu

@@ -112,7 +112,23 @@ void unpack(const Fp8RowKernels<T>& kernel, const Fp8Unpack& args) {
   write_summary(over_rows(rows, width, each), args.scale, args.checksum, args.summary);
 }
 
+template <class T>
+void decode_rows(const Fp8RowKernels<T>& kernel, const uint8_t* codes, const float* scale,
+                 int64_t rows, int64_t width, void* y) {
+  auto* to = static_cast<T*>(y);
+  for (int64_t n = 0; n < rows; ++n) {
+    kernel.unpack(codes + n * width, width, scale[n], to + n * width, false);
+  }
+}
+
 }  // namespace
+
+void fp8_decode_rows(const uint8_t* codes, const float* scale, int64_t rows, int64_t width,
+                     DType dtype, void* y) {
+  if (dtype == kBF16) return decode_rows(kernels().b16, codes, scale, rows, width, y);
+  if (dtype == kF16) return decode_rows(kernels().h16, codes, scale, rows, width, y);
+  decode_rows(kernels().f32, codes, scale, rows, width, y);
+}
 
 void fp8_pack(const Fp8Pack& args, Stream) {
   switch (args.x.dtype) {
