@@ -4,5 +4,6 @@ from specforge_ext.registry import Registry
 
 STORES = Registry("store")
 STORES.add("shm", "specforge_ext.store.shm:ShmStore")
+STORES.add("shared_dir", "specforge_ext.store.shared_dir:SharedDirStore")
 
 __all__ = ["STORES"]

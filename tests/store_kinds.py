@@ -1,0 +1,105 @@
+"""The stores that the contract tests run over, and how their memory can be reached."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from specforge_ext.records import SampleRef
+from specforge_ext.store import STORES
+
+KINDS = ("shm", "shared_dir")
+
+
+@dataclass
+class Opened:
+    """Writers and readers of one kind; closed at the end of a test, readers first."""
+
+    kind: str
+    settings: dict[str, Any]
+    _open: list[Any] = field(default_factory=list)
+
+    def writer(self, capacity_bytes: int = 1 << 20, **more: Any) -> Any:
+        store = STORES.get(self.kind)
+        config = store.Config(capacity_bytes=capacity_bytes, **self.settings, **more)
+        self._open.append(store.writer(config))
+        return self._open[-1]
+
+    def reader(self, writer: Any) -> Any:
+        return self.attach(writer.address())
+
+    def attach(self, address: str) -> Any:
+        self._open.append(STORES.get(self.kind).reader(address))
+        return self._open[-1]
+
+    def close(self) -> None:
+        while self._open:
+            self._open.pop().close()
+
+
+def flip(writer: Any, ref: SampleRef, at: int) -> None:
+    """Change a bit of a sample's byte behind the store's back; the second time changes it back."""
+    kind = ref.store.partition(":")[0]
+    fd, offset, close = REACH[kind](writer, ref)
+    [byte] = os.pread(fd, 1, offset + at)
+    os.pwrite(fd, bytes([byte ^ (1 << at % 8)]), offset + at)
+    if close:
+        os.close(fd)
+
+
+def _reach_arena(writer: Any, ref: SampleRef) -> tuple[int, int, bool]:
+    fd = int(writer.address().split(":")[3])
+    control = 4096 + 4096 * (64 * 1024 // 4096)  # the header, and 1024 slots of 64 bytes
+    slot = 4096 + 64 * ref.slot
+    offset = int.from_bytes(os.pread(fd, 8, slot + 8), "little")
+    return fd, control + offset, False
+
+
+def _reach_file(writer: Any, ref: SampleRef) -> tuple[int, int, bool]:
+    _, epoch, base = writer.address().split(":", 2)
+    path = Path(base) / epoch / f"{ref.slot:08x}-{ref.generation:010x}"
+    return os.open(path, os.O_RDWR), 0, True
+
+
+REACH: dict[str, Callable[[Any, SampleRef], tuple[int, int, bool]]] = {
+    "shm": _reach_arena,
+    "shared_dir": _reach_file,
+}
+
+
+def receive(pipe: Connection) -> Any:
+    assert pipe.poll(60), "nothing came from the other process in 60 s"
+    return pipe.recv()
+
+
+@contextmanager
+def started(
+    child: Callable[..., None], *arguments: object
+) -> Iterator[tuple[BaseProcess, Connection]]:
+    """A fresh process with one end of a pipe; killed at the end if it still runs."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.join(20)
+        ours.close()
+
+
+def kill(process: BaseProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
