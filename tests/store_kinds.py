@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 from specforge_ext.records import SampleRef
 from specforge_ext.store import STORES
 
-KINDS = ("shm", "shared_dir")
+KINDS = ("shm", "shared_dir", "mooncake_store")
 
 
 @dataclass
@@ -47,31 +48,45 @@ class Opened:
 
 def flip(writer: Any, ref: SampleRef, at: int) -> None:
     """Change a bit of a sample's byte behind the store's back; the second time changes it back."""
-    kind = ref.store.partition(":")[0]
-    fd, offset, close = REACH[kind](writer, ref)
-    [byte] = os.pread(fd, 1, offset + at)
-    os.pwrite(fd, bytes([byte ^ (1 << at % 8)]), offset + at)
-    if close:
-        os.close(fd)
+    FLIP[ref.store.partition(":")[0]](writer, ref, at)
 
 
-def _reach_arena(writer: Any, ref: SampleRef) -> tuple[int, int, bool]:
+def flip_in_file(fd: int, at: int, bit: int) -> None:
+    [byte] = os.pread(fd, 1, at)
+    os.pwrite(fd, bytes([byte ^ (1 << bit)]), at)
+
+
+def flip_in_arena(writer: Any, ref: SampleRef, at: int) -> None:
     fd = int(writer.address().split(":")[3])
     control = 4096 + 4096 * (64 * 1024 // 4096)  # the header, and 1024 slots of 64 bytes
     slot = 4096 + 64 * ref.slot
     offset = int.from_bytes(os.pread(fd, 8, slot + 8), "little")
-    return fd, control + offset, False
+    flip_in_file(fd, control + offset + at, at % 8)
 
 
-def _reach_file(writer: Any, ref: SampleRef) -> tuple[int, int, bool]:
+def flip_in_folder(writer: Any, ref: SampleRef, at: int) -> None:
     _, epoch, base = writer.address().split(":", 2)
     path = Path(base) / epoch / f"{ref.slot:08x}-{ref.generation:010x}"
-    return os.open(path, os.O_RDWR), 0, True
+    fd = os.open(path, os.O_RDWR)
+    flip_in_file(fd, at, at % 8)
+    os.close(fd)
 
 
-REACH: dict[str, Callable[[Any, SampleRef], tuple[int, int, bool]]] = {
-    "shm": _reach_arena,
-    "shared_dir": _reach_file,
+def flip_in_mooncake(writer: Any, ref: SampleRef, at: int) -> None:
+    """Another object under the same key."""
+    client, key = writer._client, f"specforge/{ref.store.split(':')[1]}/{ref.generation:x}"
+    slot = writer._pool.acquire(ref.nbytes, 1.0)
+    assert client.batch_get_into([key], [slot.address], [ref.nbytes]) == [ref.nbytes]
+    ctypes.c_ubyte.from_address(slot.address + at).value ^= 1 << (at % 8)
+    assert client.remove(key, True) == 0
+    assert client.batch_put_from([key], [slot.address], [ref.nbytes], writer._placement) == [0]
+    slot.abort()
+
+
+FLIP: dict[str, Callable[[Any, SampleRef, int], None]] = {
+    "shm": flip_in_arena,
+    "shared_dir": flip_in_folder,
+    "mooncake_store": flip_in_mooncake,
 }
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from specforge_ext.records import DTYPES, Sample, SampleRef
-from specforge_ext.store import STORES
+from specforge_ext.store import STORES, mooncake
 from specforge_ext.store.base import (
     CorruptFeature,
     LayoutMismatch,
@@ -28,6 +29,7 @@ from specforge_ext.store.base import (
     StoreFull,
     TransferTimeout,
 )
+from specforge_ext.store.mooncake_master import Master
 from specforge_ext.store.ref import ref_from_json
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_prompt, make_sample, same_sample
 from store_kinds import KINDS, Opened, flip, kill, receive, started
@@ -37,14 +39,41 @@ HALF = 300
 SMALL = 1 << 19
 
 
+@pytest.fixture(scope="module")
+def master() -> Iterator[str | None]:
+    """One for all tests: a store's epoch keeps it apart from others. None without Mooncake."""
+    if mooncake.unavailable() is not None:
+        yield None
+        return
+    master = Master()
+    yield master.address
+    master.close()
+
+
+@pytest.fixture(scope="module")
+def closing(master: str | None) -> Iterator[ThreadPoolExecutor]:
+    """Mooncake takes three seconds to close a segment, most of them asleep."""
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
 @pytest.fixture(params=KINDS)
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
+def opened(
+    request: pytest.FixtureRequest, tmp_path: Path, closing: ThreadPoolExecutor
+) -> Iterator[Opened]:
     settings: dict[str, Any] = {}
+    reason = STORES.get(request.param).unavailable()
+    if reason is not None:
+        pytest.skip(reason)
     if request.param == "shared_dir":
         settings["directory"] = tmp_path / "store"
+    if request.param == "mooncake_store":
+        settings["master"] = request.getfixturevalue("master")
     opened = Opened(request.param, settings)
     yield opened
-    opened.close()
+    closed = closing.submit(opened.close)
+    if request.param != "mooncake_store":
+        closed.result(TIMEOUT_S)
 
 
 def put(writer: Any, sample: Sample, timeout_s: float = TIMEOUT_S) -> SampleRef:

@@ -5,5 +5,6 @@ from specforge_ext.registry import Registry
 STORES = Registry("store")
 STORES.add("shm", "specforge_ext.store.shm:ShmStore")
 STORES.add("shared_dir", "specforge_ext.store.shared_dir:SharedDirStore")
+STORES.add("mooncake_store", "specforge_ext.store.mooncake_store:MooncakeStore")
 
 __all__ = ["STORES"]
