@@ -17,7 +17,7 @@ from typing import Any
 from specforge_ext.records import SampleRef
 from specforge_ext.store import STORES
 
-KINDS = ("shm", "shared_dir", "mooncake_store")
+KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p")
 
 
 @dataclass
@@ -64,6 +64,10 @@ def flip_in_arena(writer: Any, ref: SampleRef, at: int) -> None:
     flip_in_file(fd, control + offset + at, at % 8)
 
 
+def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int) -> None:
+    flip_in_arena(writer._shm, ref, at)
+
+
 def flip_in_folder(writer: Any, ref: SampleRef, at: int) -> None:
     _, epoch, base = writer.address().split(":", 2)
     path = Path(base) / epoch / f"{ref.slot:08x}-{ref.generation:010x}"
@@ -86,6 +90,7 @@ def flip_in_mooncake(writer: Any, ref: SampleRef, at: int) -> None:
 FLIP: dict[str, Callable[[Any, SampleRef, int], None]] = {
     "shm": flip_in_arena,
     "shared_dir": flip_in_folder,
+    "mooncake_p2p": flip_in_registered_arena,
     "mooncake_store": flip_in_mooncake,
 }
 

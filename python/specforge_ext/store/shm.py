@@ -131,7 +131,25 @@ class ShmWriter:
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more: as a reader's `ack`. StaleRef."""
         payload.expect_ref(ref, store=self._store)
-        self._arena.discard(ref.slot, ref.generation)
+        self.free(ref.slot, ref.generation)
+
+    def free(self, slot: int, generation: int) -> None:
+        """As `abort`, for who keeps a ledger of slots. StaleRef."""
+        self._arena.discard(slot, generation)
+
+    @property
+    def store(self) -> str:
+        """What the refs say of the store."""
+        return self._store
+
+    @property
+    def epoch(self) -> int:
+        return self._arena.epoch
+
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """(address, nbytes) of the slots' pages and of the payload, for network engines."""
+        return self._arena.regions
 
     def reap(self) -> int:
         """Take the leases of ended readers away; how many readers those were.
