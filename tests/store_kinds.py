@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -16,34 +17,71 @@ from typing import Any
 
 from specforge_ext.records import SampleRef
 from specforge_ext.store import STORES
+from specforge_ext.store.base import StaleRef
 
 KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p")
 
 
 @dataclass
 class Opened:
-    """Writers and readers of one kind; closed at the end of a test, readers first."""
+    """Writers and readers of one kind for one test.
+
+    Mooncake takes seconds to close one, so that those are kept for the next test, but emptied.
+    """
 
     kind: str
     settings: dict[str, Any]
+    kept: dict[object, list[Any]]
     _open: list[Any] = field(default_factory=list)
 
-    def writer(self, capacity_bytes: int = 1 << 20, **more: Any) -> Any:
+    def writer(self, capacity_bytes: int, **more: Any) -> Any:
         store = STORES.get(self.kind)
         config = store.Config(capacity_bytes=capacity_bytes, **self.settings, **more)
-        self._open.append(store.writer(config))
-        return self._open[-1]
+        return self._take(repr((self.kind, config)), lambda: store.writer(config))
 
     def reader(self, writer: Any) -> Any:
-        return self.attach(writer.address())
+        address = writer.address()
+        return self._take(address, lambda: STORES.get(self.kind).reader(address))
 
     def attach(self, address: str) -> Any:
+        """A reader that no other test gets."""
         self._open.append(STORES.get(self.kind).reader(address))
         return self._open[-1]
 
     def close(self) -> None:
         while self._open:
-            self._open.pop().close()
+            it = self._open.pop()
+            if not any(it is kept for group in self.kept.values() for kept in group):
+                it.close()
+            elif hasattr(it, "put"):
+                EMPTY[self.kind](it)
+
+    def _take(self, key: str, make: Callable[[], Any]) -> Any:
+        group = self.kept.setdefault(key, []) if self.kind in EMPTY else []
+        free = [it for it in group if not any(it is used for used in self._open)]
+        if not free:
+            free = [make()]
+            group += free
+        self._open.append(free[0])
+        return free[0]
+
+
+def empty_mooncake_store(writer: Any) -> None:
+    for generation in list(writer._published):
+        assert writer._client.remove(writer._key(generation), True) in (0, -704)
+
+
+def empty_arena(writer: Any) -> None:
+    for slot, generation in enumerate(writer._put_generations.tolist()):
+        if generation:
+            with contextlib.suppress(StaleRef):
+                writer._shm.free(slot, generation)
+
+
+EMPTY: dict[str, Callable[[Any], None]] = {
+    "mooncake_store": empty_mooncake_store,
+    "mooncake_p2p": empty_arena,
+}
 
 
 def flip(writer: Any, ref: SampleRef, at: int) -> None:

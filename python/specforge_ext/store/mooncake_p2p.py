@@ -13,6 +13,7 @@ import contextlib
 import logging
 import re
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -102,6 +103,7 @@ class MooncakeP2PWriter:
                 checksum=config.checksum,
             )
         )
+        self._lock = threading.Lock()
         self._acks = np.zeros(config.max_slots, dtype=np.uint64)
         self._put_generations = np.zeros(config.max_slots, dtype=np.uint64)
         slots, data = self._shm.regions
@@ -143,7 +145,8 @@ class MooncakeP2PWriter:
             except TransferTimeout as error:
                 if not wait.sleep():
                     raise TransferTimeout(error.what, wait.waited_s) from None
-        self._put_generations[ref.slot] = ref.generation
+        with self._lock:
+            self._put_generations[ref.slot] = ref.generation
         return replace(ref, store=self._store)
 
     def abort(self, ref: SampleRef) -> None:
@@ -182,14 +185,16 @@ class MooncakeP2PWriter:
     def _collect(self) -> int:
         """Free the slots whose acknowledgement is of the generation that lies there."""
         shm = self._shm
-        acked = np.flatnonzero((self._acks == self._put_generations) & (self._acks != 0))
         num_freed = 0
-        for slot in acked.tolist():
-            # Another thread, or `abort`, may have been faster.
-            with contextlib.suppress(StaleRef):
-                shm.free(slot, int(self._put_generations[slot]))
-                num_freed += 1
-            self._acks[slot] = 0
+        with self._lock:
+            generations = self._put_generations
+            acked = np.flatnonzero((self._acks == generations) & (generations != 0))
+            for slot in acked.tolist():
+                generation = int(generations[slot])
+                generations[slot] = 0  # before another thread may put there
+                with contextlib.suppress(StaleRef):  # `abort` was faster
+                    shm.free(slot, generation)
+                    num_freed += 1
         return num_freed
 
 
