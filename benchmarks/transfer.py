@@ -27,7 +27,8 @@ from torch import Tensor
 
 from common import BenchScript, PeakMeter, Report, Timing
 from specforge_ext.records import FeatureLayout, FeatureSpec, Prompt, Sample, SampleRef
-from specforge_ext.store.shm import ShmConfig, ShmLease, ShmReservation, ShmStore
+from specforge_ext.store.payload import SampleLease
+from specforge_ext.store.shm import ShmConfig, ShmReservation, ShmStore
 
 WIDTH = 4 * 4096
 PAGE_BYTES = 4096
@@ -101,7 +102,7 @@ class ShmConsumer:
     def __init__(self, handle: tuple[str, bool]) -> None:
         address, self._verify = handle
         self._reader = ShmStore.reader(address)
-        self._open: tuple[SampleRef, ShmLease] | None = None
+        self._open: tuple[SampleRef, SampleLease] | None = None
 
     def receive(self, message: SampleRef) -> Tensor:
         lease = self._reader.open(message, layout_hash=LAYOUT.hash, verify=self._verify)

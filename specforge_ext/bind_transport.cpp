@@ -102,6 +102,17 @@ py::buffer_info bytes_of(const std::byte* data, uint64_t nbytes) {
   return py::buffer_info(const_cast<std::byte*>(data), 1, "B", static_cast<py::ssize_t>(nbytes));
 }
 
+uintptr_t address(const void* data) { return reinterpret_cast<uintptr_t>(data); }
+
+// Where a network engine registers: slots first, then the payload. (address, nbytes) each.
+py::typing::List<py::typing::Tuple<py::int_, py::int_>> regions(const Producer& self) {
+  const Mapping& mapping = *self.mapping();
+  py::typing::List<py::typing::Tuple<py::int_, py::int_>> out;
+  out.append(py::make_tuple(address(&mapping.header()), mapping.fixed().control_bytes));
+  out.append(py::make_tuple(address(mapping.payload()), mapping.fixed().payload_bytes));
+  return out;
+}
+
 void bind_producer(py::module_& m) {
   py::class_<Reservation>(m, "ArenaReservation", py::buffer_protocol())
       .def_buffer([](Reservation& self) { return bytes_of(self.data(), self.nbytes()); })
@@ -110,6 +121,8 @@ void bind_producer(py::module_& m) {
                              [](const Reservation& self) { return self.ref().generation; })
       .def_property_readonly("nbytes", &Reservation::nbytes)
       .def_property_readonly("is_open", &Reservation::open)
+      .def_property_readonly("address",
+                             [](const Reservation& self) { return address(self.data()); })
       .def("write", &write, py::arg("offset"), py::arg("source"), py::arg("checksum"),
            "Copy contiguous bytes in; their crc32c if `checksum`. Runs without the GIL.")
       .def("crc32c", &checksum<Reservation>, py::arg("offset"), py::arg("nbytes"))
@@ -126,6 +139,8 @@ void bind_producer(py::module_& m) {
                              [](const Producer& self) { return self.mapping()->address().text(); })
       .def_property_readonly("epoch",
                              [](const Producer& self) { return self.mapping()->fixed().epoch; })
+      .def_property_readonly("regions", &regions,
+                             "(address, nbytes) of the slots' pages and of the payload.")
       .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout_s"),
            "A writable slot. Waits without the GIL. StoreFull, TransferTimeout.")
       .def(

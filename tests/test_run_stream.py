@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from specforge_ext.config import parse
 from specforge_ext.loader import (
     Delivery,
     GlobalStep,
@@ -27,6 +28,7 @@ from specforge_ext.loader import (
     TooManySkipped,
     global_steps,
 )
+from specforge_ext.loader.stream import is_verified
 from specforge_ext.records import FeatureLayout, FeatureSpec, Prompt, Sample, SampleRef
 from specforge_ext.runs.link import ProducerLink
 from specforge_ext.runs.local import SkipLog
@@ -332,3 +334,37 @@ def test_skip_log_of_an_interrupted_run(world: World, tmp_path: Path) -> None:
     assert again.count() == 3
     # A run that has nothing to do does not iterate, and still knows.
     assert SkipLog(Steps(data), path, world).count() == 3
+
+
+def test_verify_is_off_sample_or_full() -> None:
+    """YAML reads off as false."""
+    for given, wanted in ((False, "off"), (True, "full"), ("sample", "sample")):
+        assert parse(StreamConfig, {"verify": given}).verify == wanted
+    with pytest.raises(ValueError, match=r"verify: .*'off', 'sample' or 'full', got 'some'"):
+        parse(StreamConfig, {"verify": "some"})
+    refs = [SampleRef(f"s{i}", "shm:1", 0, i % 5 + 1, "x", 0, 0, ()) for i in range(3200)]
+    assert not any(is_verified(ref, "off") for ref in refs)
+    assert all(is_verified(ref, "full") for ref in refs)
+    chosen = [ref for ref in refs if is_verified(ref, "sample")]
+    assert 150 < len(chosen) < 250  # of 3200, one in 16
+    others = [dataclasses.replace(ref, generation=ref.generation + 1) for ref in chosen]
+    assert not all(is_verified(ref, "sample") for ref in others)
+
+
+def test_what_is_not_verified_is_not_checked(store: Store) -> None:
+    """A wrong checksum passes when it is off, and is found when it is not."""
+
+    class Wrong(Link):
+        def deliver(self, step: int, prompts: list[Prompt]) -> Delivery:
+            refs = [self._store.put(p) for p in prompts]
+            wrong = [
+                dataclasses.replace(
+                    ref, tensors=tuple(dataclasses.replace(t, checksum=1) for t in ref.tensors)
+                )
+                for ref in refs
+            ]
+            return Delivery(step, tuple(wrong), ())
+
+    assert len(list(stream_of(Wrong(store), store, verify="off").iterate(0))) == len(STEPS)
+    with pytest.raises(CorruptFeature):
+        list(stream_of(Wrong(store), store, verify="full").iterate(0))

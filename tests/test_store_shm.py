@@ -169,7 +169,7 @@ def test_stale() -> None:
     assert (again.slot, again.generation) == (ref.slot, ref.generation + 1)
     with pytest.raises(StaleRef, match="slot 0 holds generation 2, wanted generation 1"):
         reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
-    writer.discard(again)
+    writer.abort(again)
     with pytest.raises(StaleRef, match="acknowledged already"):
         reader.ack(again)
     other = ShmStore.writer(ShmConfig(capacity_bytes=4096, max_slots=1))
@@ -177,7 +177,7 @@ def test_stale() -> None:
     for call in (
         lambda: other_reader.open(ref, layout_hash=LAYOUT_HASH, verify=True),
         lambda: other_reader.ack(ref),
-        lambda: other.discard(ref),
+        lambda: other.abort(ref),
     ):
         with pytest.raises(StaleRef, match=r"wanted store 'shm:\w{16}', got 'shm:\w{16}'"):
             call()
@@ -209,7 +209,7 @@ def test_corrupt() -> None:
         reader.open(ref, layout_hash=LAYOUT_HASH, verify=False).release()
         os.pwrite(fd, bytes([byte]), at)
     short = replace(ref, nbytes=ref.nbytes + 64)
-    with pytest.raises(CorruptFeature, match=r"wanted \d+ bytes, the arena holds \d+"):
+    with pytest.raises(CorruptFeature, match=r"wanted \d+ bytes, the store holds \d+"):
         reader.open(short, layout_hash=LAYOUT_HASH, verify=False)
 
 

@@ -59,6 +59,8 @@ class ArenaReservation:
         Copy contiguous bytes in; their crc32c if `checksum`. Runs without the GIL.
         """
     @property
+    def address(self) -> int: ...
+    @property
     def generation(self) -> int: ...
     @property
     def is_open(self) -> bool: ...
@@ -95,6 +97,11 @@ class ArenaProducer:
     def address(self) -> str: ...
     @property
     def epoch(self) -> int: ...
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """
+        (address, nbytes) of the slots' pages and of the payload.
+        """
 
 class ArenaLease:
     def crc32c(

@@ -5,6 +5,7 @@ Each component owns its config model beside its code; this module knows none of 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,17 @@ def parse(model: type[ConfigT], data: dict[str, Any], *, where: str = "") -> Con
         return model.model_validate(data)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(model, e, where) for e in error.errors())) from None
+
+
+def parse_json(model: type[ConfigT], text: str, *, where: str = "") -> ConfigT:
+    """As `parse`, of JSON."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: wanted an object, got {type(data).__name__}")
+    return parse(model, data, where=where)
 
 
 def _explain(model: type[BaseModel], error: Any, where: str) -> str:

@@ -58,12 +58,8 @@ def _components() -> Iterator[tuple[str, str]]:
     for name in ("vllm", "sglang"):
         yield f"engine {name}", "not available: not part of this version"
     for name in STORES:
-        yield f"store {name}", "available, shared memory of this host"
-    reason = "not part of this version"
-    if importlib.util.find_spec("mooncake") is None:
-        reason += ", and the package mooncake-transfer-engine is not installed"
-    yield "store mooncake_store", f"not available: {reason}"
-    yield "store mooncake_p2p", f"not available: {reason}"
+        reason = STORES.get(name).unavailable()
+        yield f"store {name}", f"not available: {reason}" if reason else "available"
     rdma = "/sys/class/infiniband"
     here = os.path.isdir(rdma) and os.listdir(rdma)  # noqa: PTH112, PTH208
     yield "rdma", f"devices {', '.join(here)}" if here else f"not available: no device in {rdma}"

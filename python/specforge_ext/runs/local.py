@@ -139,6 +139,7 @@ def _train(
     say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
     reader = STORES.get(recipe.store[0]).reader(address)
     stack.callback(reader.close)
+    say(f"store: {reader.capabilities().describe()}")
     stream = Stream(
         steps=steps,
         prompts=dataset.train,

@@ -77,6 +77,7 @@ class Producer:
         self._layout: FeatureLayout = method.layout(self._engine.spec)
         store_kind, store_config = recipe.store
         self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
+        log.info("store: %s", self._writer.capabilities().describe())
 
     def serve(self) -> None:
         while not self._done:
@@ -189,14 +190,20 @@ class Producer:
         self._tell(request.client, message)
 
     def _store_features(self, request: Request) -> Message:
-        refs: list[str] = []
+        refs: list[SampleRef] = []
         skipped: list[dict[str, str]] = []
-        for sample in self._samples(request):
-            if (reason := unfit(sample)) is not None:
-                skipped.append({"sample_id": sample.prompt.sample_id, "reason": reason})
-            else:
-                refs.append(self._put(sample).to_json())
-        return {"op": "refs", "step": request.step, "refs": refs, "skipped": skipped}
+        try:
+            for sample in self._samples(request):
+                if (reason := unfit(sample)) is not None:
+                    skipped.append({"sample_id": sample.prompt.sample_id, "reason": reason})
+                else:
+                    refs.append(self._put(sample))
+        except (StoreError, ValueError):
+            for ref in refs:  # nobody will hear of them
+                self._writer.abort(ref)
+            raise
+        texts = [ref.to_json() for ref in refs]
+        return {"op": "refs", "step": request.step, "refs": texts, "skipped": skipped}
 
     def _put(self, sample: Sample) -> SampleRef:
         on_host = Sample(sample.prompt, {k: v.cpu() for k, v in sample.features.items()})

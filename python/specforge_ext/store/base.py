@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
@@ -36,6 +37,10 @@ class StoreFull(StoreError):
         self.needed = needed
         self.available = available
 
+    def __reduce__(self) -> tuple[type[StoreFull], tuple[int, int]]:
+        # An exception is pickled with its text alone, which is not what the constructor takes.
+        return type(self), (self.needed, self.available)
+
 
 class TransferTimeout(StoreError):
     """A wait ended at its deadline: what it waited for, and for how many seconds."""
@@ -44,6 +49,42 @@ class TransferTimeout(StoreError):
         super().__init__(f"waited {waited_s:.1f} s for {what}")
         self.what = what
         self.waited_s = waited_s
+
+    def __reduce__(self) -> tuple[type[TransferTimeout], tuple[str, float]]:
+        return type(self), (self.what, self.waited_s)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a store of this kind, opened as it is, can do.
+
+    protocol: what carries the bytes: "memory", "file", "tcp" or "rdma"; the one in use, which is
+    the one asked for. zero_copy: views are of the memory that `put` wrote. across_hosts: readers
+    may be on other hosts. outlives_producer: what was put stays readable when its process died.
+    """
+
+    kind: str
+    protocol: str
+    zero_copy: bool
+    across_hosts: bool
+    outlives_producer: bool
+
+    def describe(self) -> str:
+        """For a log: "mooncake_p2p over tcp"."""
+        return f"{self.kind} over {self.protocol}"
+
+
+class Health(Protocol):
+    """A store at one moment, as its writer sees it. used_bytes, num_samples: not yet free again."""
+
+    @property
+    def capacity_bytes(self) -> int: ...
+
+    @property
+    def used_bytes(self) -> int: ...
+
+    @property
+    def num_samples(self) -> int: ...
 
 
 class Lease(Protocol):
@@ -77,8 +118,20 @@ class StoreWriter(Protocol):
         """Copy a sample in and publish it. Waits for room; StoreFull, TransferTimeout."""
         ...
 
+    def abort(self, ref: SampleRef) -> None:
+        """Nobody is going to read this sample any more: as a reader's `ack`."""
+        ...
+
+    def reap(self) -> int:
+        """Take back what ended processes held or left; how many such things there were."""
+        ...
+
+    def health(self) -> Health: ...
+
+    def capabilities(self) -> Capabilities: ...
+
     def address(self) -> str:
-        """What a reader on this host needs to attach."""
+        """What a reader needs to attach."""
         ...
 
     def close(self) -> None: ...
@@ -86,11 +139,16 @@ class StoreWriter(Protocol):
 
 class StoreReader(Protocol):
     def open(self, ref: SampleRef, *, layout_hash: str, verify: bool) -> Lease:
-        """Lease a sample. StaleRef, CorruptFeature, LayoutMismatch."""
+        """Lease a sample. StaleRef, CorruptFeature, LayoutMismatch, ProducerLost."""
         ...
 
     def ack(self, ref: SampleRef) -> None:
         """The sample is done with: its memory may be reused once no lease is left."""
         ...
+
+    @property
+    def producer_alive(self) -> bool: ...
+
+    def capabilities(self) -> Capabilities: ...
 
     def close(self) -> None: ...

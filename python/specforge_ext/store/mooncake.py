@@ -1,0 +1,171 @@
+"""What both Mooncake stores need: the package, the protocol that was asked for, registered memory.
+
+Mooncake has no authentication: whoever reaches its ports reads and writes the samples. Its data
+ports listen on every interface; keep them within a network that is trusted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from specforge_ext import _C
+from specforge_ext.config import Config
+from specforge_ext.store.base import StoreError
+
+INFINIBAND = Path("/sys/class/infiniband")
+HANDSHAKE = "P2PHANDSHAKE"
+"""Mooncake's name for: no metadata server, peers ask each other."""
+POOL_SLOTS = 4096
+Protocol = Literal["tcp", "rdma"]
+
+
+class MooncakeConfig(Config):
+    """protocol: what carries the bytes; rdma without a device is an error, never TCP instead.
+    devices: RDMA devices, comma-separated ("": Mooncake chooses).
+    host: name or address under which others reach the producer (None: the route to the master, or
+        this host alone).
+    capacity_bytes: payload that may lie in the store at the same time.
+    pool_bytes: registered memory on the other side of a copy, which bounds the largest sample: each
+        reader's, and in mooncake_store the writer's too (None: capacity_bytes).
+    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
+        verify (stream.verify: off).
+    read_timeout_s: deadline of reading one sample, and of its wait for room in the reader's pool.
+    """
+
+    protocol: Protocol = "tcp"
+    devices: str = ""
+    host: str | None = None
+    capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
+    pool_bytes: int | None = Field(default=None, gt=0, le=1 << 46)
+    checksum: bool = True
+    read_timeout_s: float = Field(default=60.0, gt=0)
+
+    @property
+    def pool_or_capacity_bytes(self) -> int:
+        return self.pool_bytes or self.capacity_bytes
+
+
+def unavailable() -> str | None:
+    """Why Mooncake cannot be used here, or None."""
+    try:
+        for name in ("mooncake.store", "mooncake.engine"):
+            importlib.import_module(name)
+    except ImportError as error:
+        return (
+            f"{error}; wanted pip install 'specforge_ext[mooncake]' and the libraries "
+            "libibverbs1 libnuma1 libcurl4"
+        )
+    return None
+
+
+def module(name: str) -> Any:
+    """A module of Mooncake's. StoreError says what to install."""
+    reason = unavailable()
+    if reason is not None:
+        raise StoreError(f"Mooncake is not available: {reason}")
+    return importlib.import_module(name)
+
+
+def expect_protocol(protocol: Protocol) -> None:
+    """StoreError if it is not to be had: Mooncake itself would use TCP and say nothing."""
+    if protocol == "rdma" and not (INFINIBAND.is_dir() and any(INFINIBAND.iterdir())):
+        raise StoreError(
+            f"store.protocol: wanted rdma, but {INFINIBAND} has no device; tcp has to be asked for"
+        )
+
+
+def local_host(towards: str) -> str:
+    """The address of this host on its way to another one. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((towards, 9))
+        return str(sock.getsockname()[0])
+
+
+def is_reachable(address: str, *, timeout_s: float) -> bool:
+    """Whether somebody listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Quarantined:
+    slot: _C.ArenaReservation
+    is_over: Callable[[], bool]
+
+
+class Pool:
+    """Memory of this process, registered once, from which samples get extents.
+
+    It is an arena that nobody else attaches to: the same allocator, the same lifetime of views.
+    """
+
+    def __init__(self, nbytes: int, register: Callable[[int, int], int]) -> None:
+        self._arena = _C.ArenaProducer(nbytes, POOL_SLOTS)
+        self._views = _C.ArenaConsumer(self._arena.address)
+        self._quarantine: list[_Quarantined] = []
+        self.region = self._arena.regions[1]
+        code = register(*self.region)
+        if code != 0:
+            raise StoreError(f"Mooncake refused to register {nbytes} bytes: error {code}")
+
+    def acquire(self, nbytes: int, timeout_s: float) -> _C.ArenaReservation:
+        """Room to write to. StoreFull, TransferTimeout."""
+        self._quarantine = [q for q in self._quarantine if not self._freed(q)]
+        return self._arena.acquire(nbytes, timeout_s)
+
+    def lease(self, slot: _C.ArenaReservation) -> _C.ArenaLease:
+        """What was written, until the last view of it is gone; then the room is free again."""
+        slot.publish()
+        lease = self._views.lease(slot.slot, slot.generation)
+        self._arena.discard(slot.slot, slot.generation)
+        return lease
+
+    def quarantine(self, slot: _C.ArenaReservation, is_over: Callable[[], bool]) -> None:
+        """Something may still write there: the room is not used again until `is_over` says so."""
+        self._quarantine.append(_Quarantined(slot, is_over))
+
+    @staticmethod
+    def _freed(quarantined: _Quarantined) -> bool:
+        if not quarantined.is_over():
+            return False
+        quarantined.slot.abort()
+        return True
+
+
+class Pauses:
+    """Sleeps that grow, up to a deadline."""
+
+    def __init__(self, first_s: float, longest_s: float, timeout_s: float) -> None:
+        self._pause_s = first_s
+        self._longest_s = longest_s
+        self._timeout_s = timeout_s
+        self._began = time.monotonic()
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._timeout_s - self.waited_s)
+
+    def sleep(self) -> bool:
+        """False, at once, when the time is over."""
+        left_s = self.left_s
+        if left_s == 0.0:
+            return False
+        time.sleep(min(self._pause_s, left_s))
+        self._pause_s = min(self._pause_s * 1.5, self._longest_s)
+        return True

@@ -1,0 +1,174 @@
+"""What is the Mooncake stores' own: the protocol, the master's life, a peer that stands still."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_ext.config import parse
+from specforge_ext.store import STORES, mooncake
+from specforge_ext.store.base import ProducerLost, StoreError, TransferTimeout
+from specforge_ext.store.mooncake_master import Master
+from specforge_ext.store.mooncake_p2p import MooncakeP2PConfig, MooncakeP2PStore
+from specforge_ext.store.mooncake_store import MooncakeStoreConfig, MooncakeStoreReader
+from specforge_ext.store.ref import ref_from_json
+from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
+from store_kinds import kill, receive, started
+
+KINDS = ("mooncake_store", "mooncake_p2p")
+
+
+@pytest.fixture(autouse=True)
+def _installed() -> None:
+    if (reason := mooncake.unavailable()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rdma_without_a_device_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an empty folder, and by none; Mooncake itself would use TCP and report success."""
+    store = STORES.get(kind)
+    for folder in (tmp_path, tmp_path / "none"):
+        monkeypatch.setattr(mooncake, "INFINIBAND", folder)
+        with pytest.raises(StoreError, match=rf"protocol: wanted rdma, but {folder} has no device"):
+            store.writer(store.Config(protocol="rdma", capacity_bytes=1 << 16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_package_that_is_missing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    store = STORES.get(kind)
+    monkeypatch.setattr(mooncake.importlib, "import_module", absent)
+    assert "pip install 'specforge_ext[mooncake]'" in store.unavailable()
+    config = {"master": "127.0.0.1:1"} if kind == "mooncake_store" else {}
+    with pytest.raises(StoreError, match=r"not available: No module named .*; wanted pip install"):
+        store.writer(store.Config(capacity_bytes=1 << 16, **config))
+
+
+def test_config() -> None:
+    with pytest.raises(ValueError, match=r"store.master: .*pattern.*, got 'nowhere'"):
+        parse(MooncakeStoreConfig, {"master": "nowhere"}, where="store")
+    with pytest.raises(ValueError, match=r"store.protocol: .*'tcp' or 'rdma', got 'udp'"):
+        parse(MooncakeP2PConfig, {"protocol": "udp"}, where="store")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_addresses(kind: str) -> None:
+    for tail, message in (
+        ("{}", r"address.protocol: required, but not given"),
+        ("{1}", r"address: not valid JSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            STORES.get(kind).reader(f"{kind}:{'a' * 16}:{tail}")
+
+
+def test_no_master() -> None:
+    """Said in time: Mooncake itself tries for minutes."""
+    with pytest.raises(StoreError, match=r"store.master: nobody listens at 127.0.0.1:1$"):
+        STORES.get("mooncake_store").writer(
+            MooncakeStoreConfig(master="127.0.0.1:1", capacity_bytes=1 << 16)
+        )
+
+
+def own_master(pipe: Connection) -> None:
+    store = STORES.get("mooncake_store")
+    writer = store.writer(MooncakeStoreConfig(capacity_bytes=1 << 16))
+    ref = writer.put(make_sample(1), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    pipe.send((writer.address(), ref.to_json(), writer._master.pid))
+    time.sleep(600)
+
+
+def test_master_of_the_producer_ends_with_it() -> None:
+    """Also by SIGKILL; readers say whose end it was, and do not wait."""
+    with started(own_master) as (process, pipe):
+        address, text, pid = receive(pipe)
+        ref = ref_from_json(text)
+        reader = MooncakeStoreReader(address)
+        with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+            assert same_sample(lease.sample, make_sample(1))
+        kill(process)
+    deadline = time.monotonic() + 10.0
+    while Path(f"/proc/{pid}/cmdline").exists() and is_running(pid):
+        assert time.monotonic() < deadline, f"mooncake_master {pid} still runs"
+        time.sleep(0.02)
+    began = time.monotonic()
+    with pytest.raises(ProducerLost, match=r"sample 'sample-1': the producer of mooncake_store:"):
+        reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
+    with pytest.raises(ProducerLost, match=r"its master at 127.0.0.1:\d+ has ended"):
+        MooncakeStoreReader(address)
+    assert time.monotonic() - began < 10.0
+    reader.close()
+    reader.close()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_master_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Master, "_start", start_with_a_bad_flag)
+    with pytest.raises(StoreError, match=r"mooncake_master ended with code 1; its log ends:\n"):
+        Master()
+
+
+def start_with_a_bad_flag(self: Master, port: int, metrics_port: int) -> Any:
+    return START(self, port, "nonsense")  # type: ignore[arg-type]
+
+
+START = Master._start
+
+
+def put_one(pipe: Connection) -> None:
+    writer = MooncakeP2PStore.writer(MooncakeP2PConfig(capacity_bytes=1 << 20, read_timeout_s=1.0))
+    ref = writer.put(make_sample(1, 200), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    pipe.send((writer.address(), ref.to_json()))
+    time.sleep(600)
+
+
+@pytest.fixture
+def stopped() -> Iterator[tuple[Any, Any, int]]:
+    """A reader, a ref and a producer that stands still."""
+    with started(put_one) as (process, pipe):
+        address, text = receive(pipe)
+        reader = MooncakeP2PStore.reader(address)
+        ref = ref_from_json(text)
+        reader.open(ref, layout_hash=LAYOUT_HASH, verify=True).release()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        yield reader, ref, process.pid
+        reader.close()
+
+
+def test_a_read_has_a_deadline(stopped: tuple[Any, Any, int]) -> None:
+    """What it may still write to is not used again; afterwards all goes on."""
+    reader, ref, pid = stopped
+    with pytest.raises(
+        TransferTimeout, match=r"waited 1\.\d s for the slot of sample 'sample-1' at"
+    ):
+        reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
+    assert len(reader._pool._quarantine) == 1
+    os.kill(pid, signal.SIGCONT)
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+                assert same_sample(lease.sample, make_sample(1, 200))
+            break
+        except TransferTimeout:
+            assert time.monotonic() < deadline
+    reader.ack(ref)
+    assert reader._pool._quarantine == []
