@@ -17,7 +17,8 @@ from specforge_ext.store import STORES, mooncake
 from specforge_ext.store.base import ProducerLost, StoreError, TransferTimeout
 from specforge_ext.store.mooncake_master import Master
 from specforge_ext.store.mooncake_p2p import MooncakeP2PConfig, MooncakeP2PStore
-from specforge_ext.store.mooncake_store import MooncakeStoreConfig, MooncakeStoreReader
+from specforge_ext.store.mooncake_store import MooncakeStoreConfig
+from specforge_ext.store.mooncake_store_reader import MooncakeStoreReader
 from specforge_ext.store.ref import ref_from_json
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
 from store_kinds import kill, receive, started

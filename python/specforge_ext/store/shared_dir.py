@@ -10,27 +10,20 @@ The file system must support flock(2) and atomic renames (local ones, NFSv4, Lus
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import heapq
-import mmap
 import os
 import secrets
-import stat
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import Field
-from torch import Tensor
 
-from specforge_ext import _C
 from specforge_ext.config import Config
-from specforge_ext.records import Sample, SampleRef, TensorRef
+from specforge_ext.records import Sample, SampleRef
 from specforge_ext.store import payload
+from specforge_ext.store import shared_dir_files as files
 from specforge_ext.store.base import (
     Capabilities,
     ProducerLost,
@@ -43,7 +36,6 @@ from specforge_ext.store.base import (
 CAPABILITIES = Capabilities(
     kind="shared_dir", protocol="file", zero_copy=True, across_hosts=True, outlives_producer=True
 )
-OWNER = "owner"
 LOOK_EVERY_S = (0.002, 0.05)
 """A writer that waits for room looks so often, at first and in the end: files wake nobody."""
 
@@ -104,7 +96,7 @@ class SharedDirWriter:
 
     def __init__(self, config: SharedDirConfig) -> None:
         self._config = config
-        self._base = _base(config.directory)
+        self._base = files.base_of(config.directory)
         self._epoch = secrets.token_hex(8)
         self._folder = self._base / self._epoch
         self._store = f"shared_dir:{self._epoch}"
@@ -112,8 +104,8 @@ class SharedDirWriter:
         self._free = list(range(config.max_slots))
         self._generations = [0] * config.max_slots
         self._taken: dict[int, _Taken] = {}
-        reap(self._base)
-        self._owner: int | None = _make_folder(self._base, self._epoch)
+        files.reap(self._base)
+        self._owner: int | None = files.make_folder(self._base, self._epoch)
 
     @property
     def capacity_bytes(self) -> int:
@@ -132,9 +124,9 @@ class SharedDirWriter:
         planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
         slot, generation = self._wait_for_room(planned.nbytes, timeout_s)
         planned = replace(planned, slot=slot, generation=generation)
-        path = self._folder / _name(planned)
+        path = self._folder / files.name_of(planned)
         try:
-            written = _write(path, planned, tensors, checksum=self._config.checksum)
+            written = files.write(path, planned, tensors, checksum=self._config.checksum)
         except BaseException:
             with self._lock:
                 self._give_back(slot)
@@ -147,12 +139,12 @@ class SharedDirWriter:
         """Nobody is going to read this sample any more: as a reader's `ack`. StaleRef."""
         self._expect_open()
         payload.expect_ref(ref, store=self._store)
-        _remove(self._folder, ref)
+        files.remove(self._folder, ref)
 
     def reap(self) -> int:
         """Remove what ended writers left in the directory; how many writers those were."""
         self._expect_open()
-        return reap(self._base)
+        return files.reap(self._base)
 
     def health(self) -> SharedDirHealth:
         self._expect_open()
@@ -172,7 +164,7 @@ class SharedDirWriter:
         if self._owner is None:
             return
         owner, self._owner = self._owner, None
-        _remove_folder(self._folder)
+        files.remove_folder(self._folder)
         os.close(owner)
 
     def _expect_open(self) -> None:
@@ -247,13 +239,13 @@ class SharedDirReader:
             )
         self._folder = Path(directory) / epoch
         self._store = f"shared_dir:{epoch}"
-        _expect_own(self._folder)
+        files.expect_own(self._folder)
         if not self.producer_alive:
             raise ProducerLost(f"{self._folder}: its producer has ended")
 
     @property
     def producer_alive(self) -> bool:
-        return _is_locked(self._folder)
+        return files.is_locked(self._folder)
 
     def open(self, ref: SampleRef, *, layout_hash: str, verify: bool) -> payload.SampleLease:
         """Map a sample's file; its tensors are private views: writing to one changes no file.
@@ -269,7 +261,7 @@ class SharedDirReader:
         """Remove the sample's file; leases keep their bytes. StaleRef, also the second time."""
         payload.expect_ref(ref, store=self._store)
         try:
-            _remove(self._folder, ref)
+            files.remove(self._folder, ref)
         except StaleRef as error:
             self._expect_folder()
             raise error from None
@@ -280,162 +272,18 @@ class SharedDirReader:
     def close(self) -> None:
         """Nothing is held but by leases."""
 
-    def _map(self, ref: SampleRef) -> _File:
-        path = self._folder / _name(ref)
+    def _map(self, ref: SampleRef) -> files.MappedFile:
+        path = self._folder / files.name_of(ref)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             self._expect_folder()
-            raise _stale(ref) from None
+            raise files.stale(ref) from None
         try:
-            return _File(fd, os.fstat(fd).st_size)
+            return files.MappedFile(fd, os.fstat(fd).st_size)
         finally:
             os.close(fd)
 
     def _expect_folder(self) -> None:
         if not self._folder.is_dir():
             raise ProducerLost(f"{self._folder}: removed, its producer has ended or closed it")
-
-
-class _File(mmap.mmap):
-    """A file's bytes, copied only where somebody writes to them."""
-
-    nbytes: int
-
-    def __new__(cls, fd: int, nbytes: int) -> _File:
-        # No memory can be mapped without a byte: one that is nobody's stands for it.
-        mapped = (
-            super().__new__(cls, fd, nbytes, access=mmap.ACCESS_COPY)
-            if nbytes
-            else super().__new__(cls, -1, 1)
-        )
-        mapped.nbytes = nbytes
-        return mapped
-
-    def crc32c(self, offset: int, nbytes: int) -> int:
-        return _C.crc32c(memoryview(self)[offset : offset + nbytes])
-
-
-def reap(base: Path) -> int:
-    """Remove the folders of writers that have ended; how many those were."""
-    num_removed = 0
-    for folder in base.glob("[0-9a-f]" * 16):
-        try:
-            fd = os.open(folder / OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue  # another reaper was faster
-        try:
-            if _lock(fd, fcntl.LOCK_EX):
-                _remove_folder(folder)
-                num_removed += 1
-        finally:
-            os.close(fd)
-    return num_removed
-
-
-def _remove_folder(folder: Path) -> None:
-    """The owner's file last: who is killed here leaves what the next reaper finds."""
-    for path in folder.iterdir():
-        if path.name != OWNER:
-            path.unlink(missing_ok=True)
-    (folder / OWNER).unlink()
-    folder.rmdir()
-
-
-def _base(directory: Path | None) -> Path:
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory.resolve()
-    base = Path(tempfile.gettempdir()).resolve() / f"specforge-ext-{os.getuid()}"
-    base.mkdir(mode=0o700, exist_ok=True)
-    _expect_own(base)  # anybody may make a directory of that name there
-    return base
-
-
-def _make_folder(base: Path, epoch: str) -> int:
-    """The descriptor that holds the lock. The folder gets its name only when it is locked."""
-    new = base / f".{epoch}"
-    new.mkdir(mode=0o700)
-    fd = os.open(new / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    if not _lock(fd, fcntl.LOCK_EX):
-        raise StoreError(f"{new / OWNER}: wanted its lock, but another process has it")
-    new.rename(base / epoch)
-    return fd
-
-
-def _lock(fd: int, kind: int) -> bool:
-    """Whether the lock was to be had at once."""
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        fd = os.open(folder / OWNER, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        return not _lock(fd, fcntl.LOCK_SH)
-    finally:
-        os.close(fd)
-
-
-def _expect_own(folder: Path) -> None:
-    try:
-        status = folder.lstat()
-    except FileNotFoundError:
-        raise ProducerLost(f"{folder}: no such folder, its producer has ended") from None
-    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"{folder}: wanted a folder of this user, got one of {status.st_uid}")
-
-
-def _name(ref: SampleRef) -> str:
-    return f"{ref.slot:08x}-{ref.generation:010x}"
-
-
-def _stale(ref: SampleRef) -> StaleRef:
-    return StaleRef(
-        f"sample {ref.sample_id!r}: wanted slot {ref.slot} of generation {ref.generation}, "
-        "it was acknowledged already"
-    )
-
-
-def _remove(folder: Path, ref: SampleRef) -> None:
-    try:
-        (folder / _name(ref)).unlink()
-    except FileNotFoundError:
-        raise _stale(ref) from None
-
-
-def _write(
-    path: Path, planned: SampleRef, tensors: Mapping[str, Tensor], *, checksum: bool
-) -> tuple[TensorRef, ...]:
-    """The whole file under another name first: no reader ever finds a part of it."""
-    partial = path.with_name(f".{path.name}")
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    written = []
-    try:
-        try:
-            os.ftruncate(fd, planned.nbytes)  # the gaps between tensors stay holes
-            for tensor in planned.tensors:
-                data = payload.raw_bytes(tensors[tensor.name])
-                _write_at(fd, data, tensor.offset)
-                written.append(replace(tensor, checksum=_C.crc32c(data) if checksum else None))
-        finally:
-            os.close(fd)
-        partial.rename(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"{path.parent}: no room on the disk: {error}") from None
-        raise
-    return tuple(written)
-
-
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)  # at most 2 GiB at a time
-        data, offset = data[written:], offset + written
