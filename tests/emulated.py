@@ -98,7 +98,15 @@ def run_program(sanitizer: str, *args: str) -> subprocess.CompletedProcess[str]:
 def library() -> ctypes.CDLL:
     sources = [*_op_sources(), CSRC / "emu" / "emu.cpp", CSRC / "emu" / "ops_abi.cpp"]
     loaded = ctypes.CDLL(str(_compile(("-fPIC", "-shared"), sources, BUILD / "ops.so")))
-    for name in ("row_stats", "soft_ce_rows", "step_sums", "ttt_counts", "ttt_fill", "planted"):
+    for name in (
+        "row_stats",
+        "soft_ce_rows",
+        "step_sums",
+        "ttt_counts",
+        "ttt_fill",
+        "planted",
+        "block_mask",
+    ):
         getattr(loaded, f"emu_{name}").restype = ctypes.c_char_p
     return loaded
 
@@ -180,4 +188,29 @@ def ttt_fill(mask_T: Tensor, cu_seqlens: Tensor, counts: Tensor) -> tuple[Tensor
     out = tuple(torch.full((size,), -7, dtype=torch.int32) for size in sizes)
     inputs = (mask_T, mask_T.numel(), cu_seqlens, cu_seqlens.numel() - 1, counts, len(num_active))
     _call("ttt_fill", *inputs, *out)
+    return out
+
+
+def block_mask(
+    anchors: Tensor,
+    cu_anchors: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    num_context: int,
+    block_size: int,
+    window: int,
+    tile: tuple[int, int],
+) -> list[Tensor]:
+    """The eight tensors of csrc/pack/block_mask.h, kv before q. window 0: none."""
+    queries = anchors.numel() * block_size
+    rows, columns = -(-queries // tile[0]), -(-(num_context + queries) // tile[1])
+    shapes: list[tuple[int, ...]] = [(rows,), (rows, columns)] * 2
+    shapes += [(columns,), (columns, rows)] * 2
+    out = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
+    addresses = torch.tensor([x.data_ptr() for x in out], dtype=torch.int64)
+    sizes = (num_context, block_size, window, *tile)
+    samples = cu_seqlens.numel() - 1
+    _call(
+        "block_mask", anchors, anchors.numel(), cu_anchors, cu_seqlens, samples, *sizes, addresses
+    )
     return out

@@ -16,10 +16,12 @@ __all__: list[str] = [
     "ArenaProducer",
     "ArenaReservation",
     "available_isas",
+    "block_mask",
     "copy_crc32c",
     "crc32c",
     "crc32c_table",
     "cuda_compiled",
+    "draw_anchors",
     "has_fast_bf16",
     "isa",
     "pack_samples",
@@ -119,6 +121,19 @@ class ArenaConsumer:
     def producer_alive(self) -> bool: ...
 
 def available_isas() -> list[str]: ...
+def block_mask(
+    anchors: torch.Tensor,
+    cu_anchors: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context: typing.SupportsInt | typing.SupportsIndex,
+    block_size: typing.SupportsInt | typing.SupportsIndex,
+    window: typing.SupportsInt | typing.SupportsIndex,
+    q_tile: typing.SupportsInt | typing.SupportsIndex,
+    kv_tile: typing.SupportsInt | typing.SupportsIndex,
+    kv: collections.abc.Sequence[torch.Tensor],
+    q: collections.abc.Sequence[torch.Tensor],
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
 def copy_crc32c(
     dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
@@ -128,6 +143,16 @@ def crc32c(
 def crc32c_table(
     data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def draw_anchors(
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    sample_keys: torch.Tensor,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    step: typing.SupportsInt | typing.SupportsIndex,
+    max_anchors: typing.SupportsInt | typing.SupportsIndex,
+    anchors: torch.Tensor,
+    cu_anchors: torch.Tensor,
+) -> None: ...
 def has_fast_bf16() -> bool: ...
 def isa() -> str: ...
 def pack_samples(
