@@ -42,7 +42,10 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_kv = static_cast<int>(blockIdx.x) < q_tiles;
   const int row = is_kv ? blockIdx.x : blockIdx.x - q_tiles;
   const int columns = is_kv ? kv_tiles : q_tiles;
-  const ListPointers& out = is_kv ? kv : q;
+  // One by one: a reference to either parameter would put both into local memory.
+  const ListPointers out{is_kv ? kv.num_blocks : q.num_blocks, is_kv ? kv.indices : q.indices,
+                         is_kv ? kv.full_num_blocks : q.full_num_blocks,
+                         is_kv ? kv.full_indices : q.full_indices};
   Counts(&scratch)[kMaxWarps] = shared_storage<Shared>().partial;
   const auto class_at = [&](int column) {
     return is_kv ? tile_class(layout, row, column) : tile_class(layout, column, row);
