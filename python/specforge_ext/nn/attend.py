@@ -17,6 +17,11 @@ HIDDEN = -1e30
 its lse then weighs with 0.
 """
 
+_SMALL_CALL = 128
+"""Rows and keys up to which the CPU's half-precision backward is slower than a float32 one on
+copies: 1.6 times at 128 by 128, 5 times at 16 by 16.
+"""
+
 _MATH_SCORES = 1 << 24
 """Scores that the plain path holds at once, at least one row of them."""
 
@@ -55,20 +60,17 @@ def attend_backward(
     scale: float,
     masking: Masking,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. out, lse: as `attend` gave them, or merged with further keys."""
+    """Gradients of q, k, v, in their dtype or wider. out, lse: as `attend` gave them, or merged
+    with further keys.
+    """
     if q.device.type != "cpu":
         return math_attend_backward(grad_out, q, k, v, out, lse, scale, masking)
+    rows, bias = [grad_out, q, k, v, out], masking.bias
+    if max(q.shape[2], k.shape[2]) <= _SMALL_CALL:
+        rows = [x.to(wide(x.dtype)) for x in rows]
+        bias = None if bias is None else bias.to(wide(bias.dtype))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        0.0,
-        masking.causal,
-        attn_mask=masking.bias,
-        scale=scale,
+        *rows, lse, 0.0, masking.causal, attn_mask=bias, scale=scale
     )
     return dq, dk, dv
 
@@ -137,7 +139,7 @@ def _scores(q: Tensor, k: Tensor, rows: slice, scale: float, masking: Masking) -
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """[b, Hq, n, ...] -> [b, Hkv, Hq / Hkv, n, ...], float32 or wider."""
-    return torch.unflatten(x, 1, (groups, -1)).to(wide(x.dtype))
+    return x.view(x.shape[0], groups, -1, *x.shape[2:]).to(wide(x.dtype))
 
 
 def _wide_heads(x: Tensor) -> Tensor:

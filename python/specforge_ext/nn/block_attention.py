@@ -1,4 +1,5 @@
-"""Attention of block drafts (DFlash family, arXiv 2602.06036): context before the anchor, own block.
+"""Attention of block drafts (DFlash family, arXiv 2602.06036): context before the anchor, and the
+own block.
 
 The query at slot j of the block at anchor a attends, in one softmax, to the context rows of its
 sample before a and to the rows of its own block. In a sliding layer of window w it sees the context
@@ -12,6 +13,7 @@ Legend of shapes: T context rows, A blocks, B rows of a block, Hq / Hkv heads, D
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,41 +45,34 @@ def block_attention(
     _check(query, context, block, plan, window)
     tensors = [x.to(query.dtype) for x in (*context, *block)]
     if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
-        return flex_block_attention(query, *tensors, plan, window, flex=_compiled_flex())
+        return flex_block_attention(query, context, block, plan, window, flex=_compiled_flex())
     out: Tensor = _BlockAttention.apply(query, *tensors, plan, window)  # type: ignore[no-untyped-call]
     return out
 
 
 def flex_block_attention(
-    q: Tensor,
-    context_k: Tensor,
-    context_v: Tensor,
-    block_k: Tensor,
-    block_v: Tensor,
+    query: Tensor,
+    context: tuple[Tensor, Tensor],
+    block: tuple[Tensor, Tensor],
     plan: BlockPlan,
     window: int | None,
     *,
     flex: Any = flex_attention,
 ) -> Tensor:
-    """The same by flex_attention. Its mask and this call are tested on the CPU; the compiled kernel
-    has never run on a GPU.
+    """As `block_attention`, by flex_attention and the plan's block mask. The mask and this call are
+    tested on the CPU, forward only; neither has ever run on a GPU.
     """
     if not plan.num_blocks:
-        return q * 1.0
-    keys, values = torch.cat((context_k, block_k)), torch.cat((context_v, block_v))
-    heads = (x.transpose(0, 1)[None] for x in (q, keys, values))
+        return query * 1.0
+    both = (torch.cat(parts).to(query.dtype) for parts in zip(context, block, strict=True))
+    heads = (_heads(x) for x in (query, *both))
     out: Tensor = flex(*heads, block_mask=plan.block_mask(window), enable_gqa=True)
-    return out[0].transpose(0, 1)
+    return _rows(out)
 
 
+@functools.cache
 def _compiled_flex() -> Any:
-    global _flex
-    if _flex is None:
-        _flex = torch.compile(flex_attention, dynamic=True)
-    return _flex
-
-
-_flex: Any = None
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _check(
@@ -156,8 +151,8 @@ def _local(
     """Blocks on themselves: out [A * B, Hq, D], float32 or wider, and lse [A * B, Hq]."""
     if not plan.num_blocks:
         return q.to(wide(q.dtype)), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
-    blocks = (_blocks(x, plan) for x in (q, k, v))
-    out, lse = attend(*blocks, scale, Masking(causal=window is not None))
+    masking = Masking(causal=window is not None)
+    out, lse = attend(_blocks(q, plan), _blocks(k, plan), _blocks(v, plan), scale, masking)
     return _unblock(out).to(wide(q.dtype)), _unblock(lse)
 
 
@@ -176,7 +171,7 @@ def _local_backward(
     keys, values = _blocks(k, plan), _blocks(v, plan)
     masking = Masking(causal=window is not None)
     dq, dk, dv = attend_backward(grad, q, keys, values, out, lse, scale, masking)
-    return _unblock(dq).to(wide(q.dtype)), _unblock(dk), _unblock(dv)
+    return _unblock(dq).to(wide(q.dtype)), _unblock(dk).to(k.dtype), _unblock(dv).to(v.dtype)
 
 
 def _context_calls(
@@ -220,7 +215,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, plan: BlockPlan) -> Tensor:
     """[A * B, heads, ...] -> [A, heads, B, ...]; no copy."""
-    return x.unflatten(0, (plan.num_blocks, plan.block_size)).transpose(1, 2)
+    return x.view(plan.num_blocks, plan.block_size, *x.shape[1:]).transpose(1, 2)
 
 
 def _unblock(x: Tensor) -> Tensor:

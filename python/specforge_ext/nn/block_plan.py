@@ -20,8 +20,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from specforge_ext import ops
 
-_PARTS = 4
-"""Runs that a run is cut into. Fewer: wider calls, but each row's output is merged more often."""
+_PARTS = 2
+"""Runs that a run is cut into."""
 _RAGGED_KEYS = 128
 """Keys that a masked call may have: about half of its scores are in vain."""
 _MIN_DENSE_KEYS = 32
@@ -91,7 +91,7 @@ def plan_blocks(
     block_size: int,
     device: torch.device | None = None,
 ) -> BlockPlan:
-    """anchors [A], cu_anchors [N + 1], cu_seqlens [N + 1], all int32 on the CPU: `ops.draw_anchors`.
+    """anchors [A], cu_anchors [N + 1], cu_seqlens [N + 1], int32, on the CPU: `ops.draw_anchors`.
 
     device: where the attention will run, the CPU by default. ValueError if an anchor lies outside
     its sample or is not above the one before it.
@@ -116,9 +116,14 @@ def plan_blocks(
                 f"got {list(own)}"
             )
         samples.append((begin, own))
-    tensors = [x.to(device or x.device) for x in (anchors, cu_anchors, cu_seqlens)]
+    where = device or anchors.device
     return BlockPlan(
-        *tensors, num_context=bounds[-1], block_size=block_size, samples=tuple(samples)
+        anchors=anchors.to(where),
+        cu_anchors=cu_anchors.to(where),
+        cu_seqlens=cu_seqlens.to(where),
+        num_context=bounds[-1],
+        block_size=block_size,
+        samples=tuple(samples),
     )
 
 
