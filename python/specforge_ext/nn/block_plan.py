@@ -199,7 +199,9 @@ def _block_mask(plan: BlockPlan, window: int | None) -> BlockMask:
     )
     counts = plan.cu_anchors.diff()
     begins = torch.repeat_interleave(plan.cu_seqlens[:-1], counts, output_size=plan.num_blocks)
-    anchors, context, size = plan.anchors, plan.num_context, plan.block_size
+    anchors, size = plan.anchors, plan.block_size
+    # A tensor: torch.compile would take a number for a constant, and compile for every batch.
+    context = torch.tensor(plan.num_context, dtype=torch.int32, device=anchors.device)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         block, slot = q // size, q % size
@@ -211,7 +213,7 @@ def _block_mask(plan: BlockPlan, window: int | None) -> BlockMask:
         return own | ((k >= low) & (k < anchors[block]))
 
     return BlockMask(
-        (plan.num_queries, context + plan.num_queries),
+        (plan.num_queries, plan.num_context + plan.num_queries),
         tensors.kv_num_blocks,
         tensors.kv_indices,
         tensors.full_kv_num_blocks,
