@@ -11,6 +11,8 @@
 #include "loss/loss_rows.h"
 #include "loss/row_stats.h"
 #include "loss/step_sums.h"
+#include "pack/anchors.h"
+#include "pack/block_mask.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
 
@@ -207,6 +209,39 @@ void bind_attention(py::module_& m) {
       py::arg("grad_values"), py::arg("scale"), py::arg("stream") = 0, NoGil());
 }
 
+BlockMaskLists lists_of(const Views& views) {
+  if (views.size() != 4) {
+    throw ArgumentError("block_mask: a side of the output must be 4 tensors, got " +
+                        std::to_string(views.size()));
+  }
+  return {views[0], views[1], views[2], views[3]};
+}
+
+void bind_blocks(py::module_& m) {
+  m.def(
+      "draw_anchors",
+      [](const TensorView& loss_mask, const TensorView& cu_seqlens, const TensorView& sample_keys,
+         uint64_t seed, int64_t step, int64_t max_anchors, const TensorView& anchors,
+         const TensorView& cu_anchors) {
+        draw_anchors(loss_mask, cu_seqlens, sample_keys, {seed, step, max_anchors}, anchors,
+                     cu_anchors);
+      },
+      py::arg("loss_mask"), py::arg("cu_seqlens"), py::arg("sample_keys"), py::arg("seed"),
+      py::arg("step"), py::arg("max_anchors"), py::arg("anchors"), py::arg("cu_anchors"), NoGil());
+  m.def(
+      "block_mask",
+      [](const TensorView& anchors, const TensorView& cu_anchors, const TensorView& cu_seqlens,
+         int64_t context, int64_t block_size, int64_t window, int64_t q_tile, int64_t kv_tile,
+         const Views& kv, const Views& q, uintptr_t stream) {
+        block_mask(
+            {anchors, cu_anchors, cu_seqlens, {context, block_size, window, q_tile, kv_tile}},
+            {lists_of(kv), lists_of(q)}, stream_of(stream));
+      },
+      py::arg("anchors"), py::arg("cu_anchors"), py::arg("cu_seqlens"), py::arg("context"),
+      py::arg("block_size"), py::arg("window"), py::arg("q_tile"), py::arg("kv_tile"),
+      py::arg("kv"), py::arg("q"), py::arg("stream") = 0, NoGil());
+}
+
 std::span<const char> bytes_of(const py::buffer_info& info) {
   if (info.ndim != 1 || (info.shape[0] > 1 && info.strides[0] != info.itemsize)) {
     throw ArgumentError("crc32c: data must be one-dimensional and contiguous, got " +
@@ -255,6 +290,7 @@ void bind_ops(py::module_& m) {
   bind_pack(m);
   bind_attention(m);
   bind_core(m);
+  bind_blocks(m);
 }
 
 }  // namespace sf

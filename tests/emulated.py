@@ -40,6 +40,7 @@ OPS = (
     "own_keys_grads",
     "fp8_pack",
     "fp8_unpack",
+    "block_mask",
 )
 ACCESSES = ("held", "streamed", "scalar")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -386,3 +387,28 @@ def fp8_unpack(
     outputs = (y, DTYPE_CODES[dtype], rows, width, row_crc, summary, int(checksum))
     _call("fp8_unpack", payload_NW, scale_N, *outputs)
     return y, summary
+
+
+def block_mask(
+    anchors: Tensor,
+    cu_anchors: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    num_context: int,
+    block_size: int,
+    window: int,
+    tile: tuple[int, int],
+) -> list[Tensor]:
+    """The eight tensors of csrc/pack/block_mask.h, kv before q. window 0: none."""
+    queries = anchors.numel() * block_size
+    rows, columns = -(-queries // tile[0]), -(-(num_context + queries) // tile[1])
+    shapes: list[tuple[int, ...]] = [(rows,), (rows, columns)] * 2
+    shapes += [(columns,), (columns, rows)] * 2
+    out = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
+    addresses = torch.tensor([x.data_ptr() for x in out], dtype=torch.int64)
+    sizes = (num_context, block_size, window, *tile)
+    samples = cu_seqlens.numel() - 1
+    _call(
+        "block_mask", anchors, anchors.numel(), cu_anchors, cu_seqlens, samples, *sizes, addresses
+    )
+    return out

@@ -10,6 +10,7 @@
 #include "loss/loss_rows_plan.h"
 #include "loss/row_stats.h"
 #include "loss/step_sums.h"
+#include "pack/block_mask.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
 #include "wire/fp8_rows.h"
@@ -238,6 +239,28 @@ const char* emu_fp8_unpack(void* payload, void* scale, void* y, int dtype, int64
                           view(y, code(dtype), {rows, width}), view(row_crc, sf::kI32, {rows}),
                           view(summary, sf::kI64, {2}), checksum != 0},
                          {});
+  });
+}
+
+// lists: kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, then the four of q.
+const char* emu_block_mask(void* anchors, int64_t blocks, void* cu_anchors, void* cu_seqlens,
+                           int64_t samples, int64_t context, int64_t block_size, int64_t window,
+                           int64_t q_tile, int64_t kv_tile, void* const* lists) {
+  return guarded([&] {
+    const int64_t queries = blocks * block_size;
+    const int64_t rows = (queries + q_tile - 1) / q_tile;
+    const int64_t columns = (context + queries + kv_tile - 1) / kv_tile;
+    const auto side = [&](int first, int64_t height, int64_t width) -> sf::BlockMaskLists {
+      return {view(lists[first], sf::kI32, {height}),
+              view(lists[first + 1], sf::kI32, {height, width}),
+              view(lists[first + 2], sf::kI32, {height}),
+              view(lists[first + 3], sf::kI32, {height, width})};
+    };
+    sf::cuda::block_mask({view(anchors, sf::kI32, {blocks}),
+                          view(cu_anchors, sf::kI32, {samples + 1}),
+                          view(cu_seqlens, sf::kI32, {samples + 1}),
+                          {context, block_size, window, q_tile, kv_tile}},
+                         {side(0, rows, columns), side(4, columns, rows)}, {});
   });
 }
 

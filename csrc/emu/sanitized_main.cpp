@@ -14,6 +14,7 @@
 #include "loss/loss_rows_plan.h"
 #include "loss/row_stats.h"
 #include "loss/step_sums.h"
+#include "pack/block_mask.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
 #include "wire/fp8_rows.h"
@@ -256,6 +257,34 @@ Bytes fp8_rows(sf::DType dtype, int64_t rows, int64_t width) {
   return all;
 }
 
+// 5 blocks of two samples with an empty one between, which tiles and window cut anywhere.
+Bytes block_mask(int64_t block_size, int64_t window, int64_t q_tile, int64_t kv_tile) {
+  const int64_t context = 37, queries = 5 * block_size;
+  const int64_t rows = (queries + q_tile - 1) / q_tile;
+  const int64_t columns = (context + queries + kv_tile - 1) / kv_tile;
+  Tensor anchors(sf::kI32, {5}), cu_anchors(sf::kI32, {4}), cu_seqlens(sf::kI32, {4});
+  const int32_t places[] = {3, 19, 22, 30, 35}, per_sample[] = {0, 2, 2, 5},
+                bounds[] = {0, 20, 20, 37};
+  std::memcpy(anchors.bytes.data(), places, sizeof(places));
+  std::memcpy(cu_anchors.bytes.data(), per_sample, sizeof(per_sample));
+  std::memcpy(cu_seqlens.bytes.data(), bounds, sizeof(bounds));
+  Tensor kv_num(sf::kI32, {rows}), kv(sf::kI32, {rows, columns}), full_kv_num(sf::kI32, {rows}),
+      full_kv(sf::kI32, {rows, columns}), q_num(sf::kI32, {columns}), q(sf::kI32, {columns, rows}),
+      full_q_num(sf::kI32, {columns}), full_q(sf::kI32, {columns, rows});
+  sf::cuda::block_mask({anchors.view(),
+                        cu_anchors.view(),
+                        cu_seqlens.view(),
+                        {context, block_size, window, q_tile, kv_tile}},
+                       {{kv_num.view(), kv.view(), full_kv_num.view(), full_kv.view()},
+                        {q_num.view(), q.view(), full_q_num.view(), full_q.view()}},
+                       {});
+  Bytes all;
+  for (Tensor* tensor : {&kv_num, &kv, &full_kv_num, &full_kv, &q_num, &q, &full_q_num, &full_q}) {
+    append(all, *tensor);
+  }
+  return all;
+}
+
 Bytes all_kernels() {
   Bytes all;
   const auto add = [&](const Bytes& bytes) { all.insert(all.end(), bytes.begin(), bytes.end()); };
@@ -279,6 +308,8 @@ Bytes all_kernels() {
     // one byte; a chunk; scalar, several warps; vectors, two rounds and two blocks of rows
     for (int64_t width : {1, 16, 1037, 4352}) add(fp8_rows(dtype, 9, width));
   }
+  add(block_mask(16, 0, 32, 16));
+  add(block_mask(3, 5, 1, 1));  // several warps of columns
   return all;
 }
 

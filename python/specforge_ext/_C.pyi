@@ -17,6 +17,7 @@ __all__: list[str] = [
     "ArenaReservation",
     "advise_huge_pages",
     "available_isas",
+    "block_mask",
     "copy_crc32c",
     "copy_crc32c_by",
     "crc32c",
@@ -25,6 +26,7 @@ __all__: list[str] = [
     "crc32c_paths",
     "crc32c_table",
     "cuda_compiled",
+    "draw_anchors",
     "fp8_encode",
     "fp8_pack",
     "fp8_unpack",
@@ -137,6 +139,19 @@ class ArenaConsumer:
 
 def advise_huge_pages(tensor: torch.Tensor) -> None: ...
 def available_isas() -> list[str]: ...
+def block_mask(
+    anchors: torch.Tensor,
+    cu_anchors: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context: typing.SupportsInt | typing.SupportsIndex,
+    block_size: typing.SupportsInt | typing.SupportsIndex,
+    window: typing.SupportsInt | typing.SupportsIndex,
+    q_tile: typing.SupportsInt | typing.SupportsIndex,
+    kv_tile: typing.SupportsInt | typing.SupportsIndex,
+    kv: collections.abc.Sequence[torch.Tensor],
+    q: collections.abc.Sequence[torch.Tensor],
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
 def copy_crc32c(
     dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
@@ -166,6 +181,16 @@ def crc32c_paths() -> list[str]:
 def crc32c_table(
     data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0
 ) -> int: ...
+def draw_anchors(
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    sample_keys: torch.Tensor,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    step: typing.SupportsInt | typing.SupportsIndex,
+    max_anchors: typing.SupportsInt | typing.SupportsIndex,
+    anchors: torch.Tensor,
+    cu_anchors: torch.Tensor,
+) -> None: ...
 def fp8_encode(x: torch.Tensor, q: torch.Tensor) -> None:
     """
     For tests.

@@ -12,19 +12,30 @@ pack_samples    samples end to end, without padding
 own_keys_merge_ attention over the rows' own keys of earlier TTT steps, into flash attention's
                 output
 own_keys_grads_ its backward
+draw_anchors    where the blocks of a block draft begin
+block_mask_tensors  which tiles of block attention hold visible pairs
 fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a checksum
 fp8_unpack      and back, the checksum compared
 """
 
 from specforge_ext.ops.attention import own_keys_grads_, own_keys_merge_
+from specforge_ext.ops.blocks import block_mask_tensors, draw_anchors
 from specforge_ext.ops.draft_loss import draft_first_permutation, draft_loss
 from specforge_ext.ops.pack import pack_samples, ttt_maps
-from specforge_ext.ops.results import DraftLoss, KlSchedule, LossRowsResult, RowLoss, TttMaps
+from specforge_ext.ops.results import (
+    BlockMaskTensors,
+    DraftLoss,
+    KlSchedule,
+    LossRowsResult,
+    RowLoss,
+    TttMaps,
+)
 from specforge_ext.ops.rows import loss_rows_, row_stats
 from specforge_ext.ops.teacher_stats import teacher_stats
 from specforge_ext.ops.wire import CorruptRows, Fp8Rows, fp8_pack, fp8_unpack
 
 __all__ = [
+    "BlockMaskTensors",
     "CorruptRows",
     "DraftLoss",
     "Fp8Rows",
@@ -32,8 +43,10 @@ __all__ = [
     "LossRowsResult",
     "RowLoss",
     "TttMaps",
+    "block_mask_tensors",
     "draft_first_permutation",
     "draft_loss",
+    "draw_anchors",
     "fp8_pack",
     "fp8_unpack",
     "loss_rows_",

@@ -447,3 +447,63 @@ def _put(grad: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     """The inverse of `_take` for gradients: rows are distinct, the others get zero."""
     grad = grad.to(like.dtype)
     return grad if rows is None else torch.zeros_like(like).index_copy_(0, rows, grad)
+
+
+def philox4x32(counter: Sequence[int], key: int) -> tuple[int, int, int, int]:
+    """Four 32-bit words from four and a 64-bit key. Salmon et al., SC 2011: Philox4x32-10."""
+    c, low, high, mask = list(counter), key & 0xFFFFFFFF, key >> 32, 0xFFFFFFFF
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ low, b & mask, (a >> 32) ^ c[3] ^ high, a & mask]
+        low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
+    return c[0], c[1], c[2], c[3]
+
+
+def draw_anchors(
+    loss_mask_T: Tensor,
+    cu_seqlens: Tensor,
+    sample_keys: Tensor,
+    *,
+    seed: int,
+    step: int,
+    max_anchors: int,
+) -> tuple[Tensor, Tensor]:
+    """As ops.draw_anchors."""
+    anchors: list[int] = []
+    cu_anchors = [0]
+    for key, (begin, end) in zip(sample_keys.tolist(), pairwise(cu_seqlens.tolist()), strict=True):
+        words = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+        drawn = []
+        for t in range(begin, end - 1):
+            if loss_mask_T[t] and loss_mask_T[t + 1]:
+                low, high, *_ = philox4x32((t - begin, step, *words), seed)
+                drawn.append((high << 32 | low, t))
+        anchors += sorted(t for _, t in sorted(drawn)[:max_anchors])
+        cu_anchors.append(len(anchors))
+    return torch.tensor(anchors, dtype=torch.int32), torch.tensor(cu_anchors, dtype=torch.int32)
+
+
+def block_visibility(
+    anchors: Tensor,
+    cu_anchors: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    num_context: int,
+    block_size: int,
+    window: int | None = None,
+) -> Tensor:
+    """[A * B, T + A * B] bool: which keys a query of block attention sees (arXiv 2602.06036)."""
+    blocks = anchors.numel()
+    visible = torch.zeros(blocks * block_size, num_context + blocks * block_size, dtype=torch.bool)
+    bounds = list(zip(pairwise(cu_anchors.tolist()), cu_seqlens.tolist(), strict=False))
+    for (first, last), begin in bounds:
+        for block in range(first, last):
+            anchor, own = int(anchors[block]), num_context + block * block_size
+            for slot in range(block_size):
+                row = visible[block * block_size + slot]
+                if window is None:
+                    row[begin:anchor] = row[own : own + block_size] = True
+                else:
+                    row[max(begin, anchor + slot - (window - 1)) : anchor] = True
+                    row[own : own + slot + 1] = True
+    return visible

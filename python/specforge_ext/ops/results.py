@@ -103,3 +103,22 @@ class KlSchedule:
 
     def weight(self, acceptance: Tensor) -> Tensor:
         return self.scale * torch.exp(-self.decay * acceptance)
+
+
+@dataclass(frozen=True)
+class BlockMaskTensors:
+    """The tensors of torch.nn.attention.flex_attention.BlockMask, int32.
+
+    Q rows and K columns of tiles. kv_num_blocks: [1, 1, Q] partial tiles of a row. kv_indices:
+    [1, 1, Q, K] their columns, ascending, then all others. full_*: tiles that are visible whole.
+    q_*: the transpose, [1, 1, K] and [1, 1, K, Q].
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
