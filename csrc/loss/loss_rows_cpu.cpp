@@ -116,10 +116,9 @@ struct Op {
     const float* kl_weight = data_of<const float>(args.kl_weight);
     char* row = row_of(args.logits, n);
     const bool bf16_row = args.logits.dtype == kBF16;
-    // The gradient will replace the logits: a float row can hold what comes in between.
-    float* spare = spec.writes_gradient && !bf16_row ? reinterpret_cast<float*>(row) : nullptr;
-    float* exps = spare != nullptr && !needs_logits(spec.kind) ? spare : scratch.exps.data();
-    float* scores = spare != nullptr ? spare : scratch.scores.data();
+    // The gradient will replace the logits: a float row can hold the exponentials until then.
+    const bool in_place = spec.writes_gradient && !bf16_row && !needs_logits(spec.kind);
+    float* exps = in_place ? reinterpret_cast<float*>(row) : scratch.exps.data();
     const StudentArgs student{row,
                               args.logits.shape[1],
                               teacher,
@@ -131,7 +130,7 @@ struct Op {
                               spec.hard_weight,
                               spec.writes_gradient,
                               exps,
-                              scores,
+                              scratch.scores.data(),
                               scratch.blocks.data()};
     const StudentKernels& table = bf16_row ? kernels.student_b16 : kernels.student_f32;
     return table.of[static_cast<int>(spec.kind)](student);

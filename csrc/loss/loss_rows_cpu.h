@@ -49,7 +49,7 @@ struct StudentArgs {
   double tau;
   float beta, hard_weight;
   bool writes_gradient;
-  float *exps, *scores;  // [vocab] scratch each, see needs_logits; scores only for the JSD
+  float *exps, *scores;  // [vocab] scratch, see needs_logits; scores only for the JSD
   SoftmaxBlock* blocks;
 };
 
@@ -72,10 +72,7 @@ struct LossKernels {
 extern const LossKernels kLossPlain, kLossAvx2, kLossAvx512;
 
 // Whether the loss needs the logits themselves, beside their exponentials, once the row's softmax
-// is known. If not, a float row that will hold the gradient may serve as `exps`; if so, the JSD's
-// `scores`, which replace the logits, may lie there.
-constexpr bool needs_logits(LossKind kind) {
-  return kind == LossKind::kReverseKl || kind == LossKind::kJsd;
-}
+// is known. If not, a float row that will hold the gradient may serve as `exps`.
+constexpr bool needs_logits(LossKind kind) { return kind == LossKind::kReverseKl; }
 
 }  // namespace sf::cpu

@@ -121,9 +121,10 @@ class Student {
     bool writes_scores;
     Vec max, inverse_tau;
     Vec to_q, to_p, to_pt;
-    Vec log_q, log_p, log_ratio;  // log q = d / tau + log_q; log p so; the difference
+    Vec centre, centre_rest;  // of the gradient's s: their sum is its mean
+    Vec below, above, sign_mean;
     Vec beta, one_minus_beta, kl_weight, one_minus_kl_weight;
-    Vec mean, inverse_a, weight, hard_weight;
+    Vec inverse_a, weight, hard_weight;
   };
 
   Block block(int64_t k) const {
@@ -140,7 +141,15 @@ class Student {
     b.one_minus_beta = set1(1 - args_.beta);
     b.kl_weight = set1(args_.kl_weight);
     b.one_minus_kl_weight = set1(1 - args_.kl_weight);
-    b.mean = set1(static_cast<float>(mean_));
+    // s - mean may be far below either, so that the mean is subtracted in two floats.
+    double centre = mean_;
+    if constexpr (kKind == LossKind::kReverseKl) centre -= log_ratio(k);
+    const float centre_float = static_cast<float>(centre);
+    b.centre = set1(centre_float);
+    b.centre_rest = set1(static_cast<float>(centre - centre_float));
+    b.below = set1(static_cast<float>(below_));
+    b.above = set1(static_cast<float>(above_));
+    b.sign_mean = set1(static_cast<float>((above_ - below_) / 2));
     b.inverse_a = set1(inverse_a());
     b.weight = set1(static_cast<float>(args_.weight * inverse_tau_));
     b.hard_weight = set1(args_.hard_weight);
@@ -151,12 +160,14 @@ class Student {
       b.teacher_d = teacher.d;
       b.to_p = set1(other.to_prob);
       b.to_pt = set1(static_cast<float>(other.to_prob * teacher.kept));
-      const double log_q = own.shift - log_sum_, log_p = other.shift - teacher.log_sum;
-      b.log_q = set1(static_cast<float>(log_q));
-      b.log_p = set1(static_cast<float>(log_p));
-      b.log_ratio = set1(static_cast<float>(log_q - log_p));
     }
     return b;
+  }
+
+  // log q - log p = (d - the teacher's d) / tau + this
+  double log_ratio(int64_t k) const {
+    const TeacherRow& teacher = *args_.teacher;
+    return args_.blocks[k].shift - log_sum_ - (teacher.blocks[k].shift - teacher.log_sum);
   }
 
   // First pass: exponentials, and what can be summed of them before their scale is known.
@@ -188,6 +199,7 @@ class Student {
 
   // The sums of the blocks on one scale. The terms of x_mean_ and of cross_ have one sign.
   void collect() {
+    double mass = 0;  // sum q: to_q is rounded, which would not cancel in s - mean
     for (int64_t k = 0; k < num_blocks(args_.vocab); ++k) {
       const SoftmaxBlock& own = args_.blocks[k];
       const double to_q = own.to_prob;
@@ -197,11 +209,11 @@ class Student {
         cross_ += other.to_prob * (own.loss_dot * inverse_tau_ + own.shift * other.exp_sum);
       }
       if constexpr (kKind == LossKind::kReverseKl) {
-        const double log_p = args_.teacher->blocks[k].shift - args_.teacher->log_sum;
-        mean_ +=
-            to_q * (own.loss_dot * inverse_tau_ + (own.shift - log_sum_ - log_p) * own.exp_sum);
+        mean_ += to_q * (own.loss_dot * inverse_tau_ + log_ratio(k) * own.exp_sum);
+        mass += to_q * own.exp_sum;
       }
     }
+    if constexpr (kKind == LossKind::kReverseKl) mean_ /= mass;
   }
 
   void later_passes() {
@@ -219,16 +231,18 @@ class Student {
   }
 
   struct Sums {
-    Vec accepted, value, mean;
+    Vec accepted, value, mean, below, above;
+    Vec rest;  // JSD: sum q; L1: sum q [q = p]
   };
 
   template <bool kSums, bool kWrites>
   void pass() {
     const bool labelled = kWrites && args_.label >= 0;
     const float at_label = labelled ? gradient_at_label() : 0;  // before its inputs are overwritten
+    double rest = 0;
     for_each_block(args_.vocab, [&](int64_t k, int64_t begin, int64_t end) {
       const Block b = block(k);
-      Sums sums{set1(0), set1(0), set1(0)};
+      Sums sums{set1(0), set1(0), set1(0), set1(0), set1(0), set1(0)};
       for_each_vec(begin, end, [&](int64_t v, auto lanes) {
         const Vec e = lanes.load(b.exps + v, 0);
         const Vec t = kTaught ? lanes.load(b.teacher_exps + v, 0) : set1(0);
@@ -239,14 +253,17 @@ class Student {
         accepted_ += sum_lanes(sums.accepted);
         value_ += sum_lanes(sums.value);
         if constexpr (kThreePasses) mean_ += sum_lanes(sums.mean);
+        rest += sum_lanes(sums.rest);
+        below_ += sum_lanes(sums.below);
+        above_ += sum_lanes(sums.above);
       }
     });
+    if constexpr (kSums && kKind == LossKind::kJsd) mean_ /= rest;
+    if constexpr (kSums && kKind == LossKind::kL1) {
+      below_ = 2 * below_ + rest;
+      above_ = 2 * above_ + rest;
+    }
     if (labelled) store_tail(row_ + args_.label, 1, set1(at_label));
-  }
-
-  template <class Lanes>
-  static SF_ALWAYS_INLINE Vec log_q(const Block& b, int64_t v, Lanes lanes) {
-    return fma(lanes.load(b.row + v, 0) - b.max, b.inverse_tau, b.log_q);
   }
 
   template <class Lanes>
@@ -254,24 +271,31 @@ class Student {
                                    Sums* sums) {
     const Vec q = e * b.to_q, p = t * b.to_p, pt = t * b.to_pt;
     sums->accepted = sums->accepted + min(pt, q);
-    if constexpr (kCounts) sums->mean = sums->mean + keep_less(q, q, pt);
+    if constexpr (kCounts) {
+      const Vec below = keep_less(q, q, pt);
+      sums->below = sums->below + below;
+      sums->above = sums->above + (q - below);
+    }
     if constexpr (kKind == LossKind::kL1) {
       sums->value = sums->value + abs(q - p);
-      sums->mean = sums->mean + signed_q(q, p);
+      const Vec below = keep_less(q, q, p), above = keep_less(q, p, q);
+      sums->below = sums->below + below;
+      sums->above = sums->above + above;
+      sums->rest = sums->rest + (q - below - above);
     }
     if constexpr (kKind == LossKind::kJsd) {
       const Vec m = fma(b.beta, p, b.one_minus_beta * q);
-      const Vec log_m = log_positive(max(m, set1(kLeastNormal)));
-      const Vec log_q_m = log_q(b, v, lanes) - log_m;
-      const Vec log_p_m = fma(lanes.load(b.teacher_d + v, 0), b.inverse_tau, b.log_p) - log_m;
-      sums->value = fma(p, log_p_m, sums->value);
+      const Vec log_q_m = log_of_ratio(q, m);
+      sums->value = fma(p, log_of_ratio(p, m), sums->value);
       sums->mean = fma(q, log_q_m, sums->mean);
+      sums->rest = sums->rest + q;
       if (b.writes_scores) lanes.store(b.scores + v, log_q_m);
     }
   }
 
-  static SF_ALWAYS_INLINE Vec signed_q(Vec q, Vec p) {
-    return keep_less(q, p, q) - keep_less(q, q, p);
+  // Of a ratio, not a difference of logarithms: those are large where the ratio is near 1.
+  static SF_ALWAYS_INLINE Vec log_of_ratio(Vec a, Vec b) {
+    return log_positive(max(a, set1(kLeastNormal)) / max(b, set1(kLeastNormal)));
   }
 
   // The gradient before the row's weight, and without the label's own term.
@@ -289,13 +313,15 @@ class Student {
       return q - t * b.to_p;
     } else if constexpr (kKind == LossKind::kReverseKl) {
       const Vec difference = lanes.load(b.row + v, 0) - b.max - lanes.load(b.teacher_d + v, 0);
-      return q * (fma(difference, b.inverse_tau, b.log_ratio) - b.mean);
+      return q * (fma(difference, b.inverse_tau, set1(0) - b.centre) - b.centre_rest);
     } else if constexpr (kKind == LossKind::kJsd) {
-      return b.one_minus_beta * q * (lanes.load(b.scores + v, 0) - b.mean);
+      return b.one_minus_beta * q * (lanes.load(b.scores + v, 0) - b.centre - b.centre_rest);
     } else if constexpr (kKind == LossKind::kL1) {
-      return signed_q(q, t * b.to_p) - q * b.mean;
+      const Vec p = t * b.to_p, less = keep_less(q, q, p), more = keep_less(q, p, q);
+      return more * b.below - less * b.above - (q - less - more) * b.sign_mean;
     } else {
-      const Vec g = q * b.mean - keep_less(q, q, t * b.to_pt);  // -q ([q < pt] - b)
+      const Vec less = keep_less(q, q, t * b.to_pt);
+      const Vec g = (q - less) * b.below - less * b.above;  // -q ([q < pt] - b), b = 1 - above
       if constexpr (kKind == LossKind::kLkAlpha) return g * b.inverse_a;
       return fma(b.kl_weight, q - t * b.to_p, b.one_minus_kl_weight * g);
     }
@@ -341,7 +367,10 @@ class Student {
   double cross_ = 0;     // sum p x
   double accepted_ = 0;  // sum min(pt, q)
   double value_ = 0;     // L1: sum |q - p|; JSD: sum p log(p / m)
-  double mean_ = 0;      // sum q s of the gradient's s; LK: sum q [q < pt]
+  double mean_ = 0;      // sum q s of the gradient's s
+  // The complement of a sum that may be near 1 is summed too, as 1 - sum would cancel.
+  double below_ = 0;  // LK: sum q [q < pt]; L1: 1 - sum q sign(q - p)
+  double above_ = 0;  // LK: sum q [q >= pt]; L1: 1 + sum q sign(q - p)
 };
 
 template <LossKind kKind, class T>

@@ -78,7 +78,8 @@ def _reverse_kl(row: _Row) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(row: _Row) -> tuple[Tensor, Tensor]:
-    log_m = torch.log(row.beta * row.p + (1 - row.beta) * row.q)
+    m = row.beta * row.p + (1 - row.beta) * row.q
+    log_m = torch.log(m.clamp_min(torch.finfo(m.dtype).tiny))  # where p and q are both 0
     s = row.log_q - log_m
     from_p = _times(row.p, row.log_p - log_m).sum(dim=-1)
     from_q = _times(row.q, s).sum(dim=-1)
