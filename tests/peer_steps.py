@@ -21,6 +21,7 @@ def specforge_step(
     *,
     lk_loss_type: str | None = None,
     compact_teacher: bool = False,
+    is_compiled: bool = False,
     tokens: int = 24,
     width: int = 32,
     vocab: int = 200,
@@ -65,7 +66,7 @@ def specforge_step(
         teacher: dict[str, Any] = {"target": None if compact_teacher else F.linear(last, head)}
         if compact_teacher:
             teacher |= {"target_hidden_for_compact": last, "target_head_weight": head}
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("default" if is_compiled else "force_eager"):
             losses, rates, accuracies = model(**batch, **teacher)[:3]
         loss = torch.stack([0.8**i * value for i, value in enumerate(losses)]).sum()
         loss.backward()
@@ -81,6 +82,7 @@ def speculators_step(
     tokens: int = 24,
     width: int = 32,
     vocab: int = 120,
+    max_anchors: int = 6,
 ) -> Step:
     """speculators' EAGLE-3 or DFlash model, with its eager losses: the others need Triton."""
     from speculators.losses import resolve_loss_config
@@ -124,7 +126,7 @@ def speculators_step(
                 mask_token_id=1,
             )
         )
-        options = {"max_anchors": 6}
+        options = {"max_anchors": max_anchors}
         num_aux = 2
     for parameter in (model.lm_head, model.verifier_lm_head, model.embed_tokens):
         torch.nn.init.normal_(parameter.weight, std=0.3)
@@ -177,7 +179,7 @@ def trl_step(
         max_position_embeddings=max(64, tokens),
         pad_token_id=0,
         eos_token_id=1,
-        initializer_range=0.3,
+        initializer_range=1.5 / width**0.5,
     )
     student, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
     said = " ".join(f"w{i % vocab}" for i in range(2, 6))
