@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from peer_steps import Step, specforge_step, speculators_step, trl_step
 
 WIDTH = 256
+SCRATCH = tempfile.TemporaryDirectory(prefix="embed-")  # the trainer of trl wants a folder
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def speculators(draft: str, loss: str) -> Callable[..., Step]:
 
 
 def trl(beta: float) -> Callable[..., Step]:
-    folder = Path(tempfile.mkdtemp(prefix="embed-"))
+    folder = Path(SCRATCH.name)
     return lambda is_compiled: trl_step(folder, beta=beta, tokens=192, width=WIDTH, vocab=32000)
 
 
@@ -155,7 +156,7 @@ def main() -> None:
         for run in calls.values():
             check(name, wanted, run())
         # No warm-up: the comparison was one.
-        timings = time_interleaved(calls, rounds=1 if script.quick else 3, warmup=0)
+        timings = time_interleaved(calls, rounds=1 if script.quick else 9, warmup=0)
         for impl, timing in timings.items():
             report.add(name, impl, timing, peaks.get(impl), loss=float(wanted[0][0]))
     if script.json:
