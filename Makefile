@@ -30,9 +30,11 @@ format:
 test:
 	$(PYTHON) -m pytest -q
 
-# What benchmarks compare with. --no-deps: peers pin other versions of torch and transformers.
+# What benchmarks compare with and integrations patch. --no-deps: they pin other versions of torch and
+# transformers than ours.
 peers:
 	$(PYTHON) -m pip install -q --no-deps -r benchmarks/peers.txt
+	$(PYTHON) -m pip install -q -r benchmarks/peers_need.txt
 
 clean:
 	rm -rf build python/specforge_ext/_C*.so
