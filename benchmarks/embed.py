@@ -79,7 +79,7 @@ CASES = {
     "specforge eagle3, lk alpha": Case("specforge", specforge("alpha")),
     "speculators eagle3, kl_div": Case("speculators", speculators("eagle3", "kl_div")),
     "speculators dflash, kl_div": Case("speculators", speculators("dflash", "kl_div")),
-    "trl gkd, beta 0.5": Case("trl", trl(0.5), is_quick=True),
+    "trl gkd, beta 0.5": Case("trl", trl(0.5)),
 }
 
 
