@@ -130,11 +130,14 @@ void bind_producer(py::module_& m) {
       .def("abort", &Reservation::abort);
 
   py::class_<Producer, std::shared_ptr<Producer>>(m, "ArenaProducer")
-      .def(py::init([](uint64_t capacity_bytes, uint32_t max_slots) {
+      .def(py::init([](uint64_t capacity_bytes, uint32_t max_slots, double high_watermark,
+                       double low_watermark) {
              const py::gil_scoped_release unlocked;
-             return Producer::create(capacity_bytes, max_slots);
+             return Producer::create(capacity_bytes, max_slots, {high_watermark, low_watermark});
            }),
-           py::arg("capacity_bytes"), py::arg("max_slots"))
+           py::arg("capacity_bytes"), py::arg("max_slots"), py::kw_only(),
+           py::arg("high_watermark") = 1.0, py::arg("low_watermark") = 1.0,
+           "Stops admitting above the high mark, resumes at the low one (shares of the capacity).")
       .def_property_readonly("address",
                              [](const Producer& self) { return self.mapping()->address().text(); })
       .def_property_readonly("epoch",

@@ -6,12 +6,14 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
 
+#include "transport/credits.h"
 #include "transport/extents.h"
 #include "transport/mapping.h"
 #include "transport/slot_word.h"
@@ -63,12 +65,14 @@ class Reservation {
 
 class Producer : public std::enable_shared_from_this<Producer> {
  public:
-  static std::shared_ptr<Producer> create(uint64_t capacity_bytes, uint32_t max_slots);
+  static std::shared_ptr<Producer> create(uint64_t capacity_bytes, uint32_t max_slots,
+                                          Watermarks marks = {});
 
   const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
 
-  // A slot of `nbytes`, page aligned. Waits for readers to free room; `between_waits` is called a
-  // few times a second meanwhile and ends the wait by throwing.
+  // A slot of `nbytes`, page aligned. Waits for readers to free room, first come first served: a
+  // small sample never overtakes a large one, which could otherwise starve. `between_waits` is
+  // called a few times a second meanwhile and ends the wait by throwing.
   // StoreFull at once if it can never fit; TransferTimeout after `timeout_s`.
   Reservation acquire(uint64_t nbytes, double timeout_s,
                       const std::function<void()>& between_waits = {});
@@ -83,15 +87,20 @@ class Producer : public std::enable_shared_from_this<Producer> {
   ArenaStats stats();
 
  private:
-  explicit Producer(std::shared_ptr<Mapping> mapping);
-  std::optional<Reservation> try_acquire(uint64_t nbytes);
+  class Turn;
+  Producer(std::shared_ptr<Mapping> mapping, Watermarks marks);
+  std::optional<Reservation> try_acquire(uint64_t nbytes, const Turn* turn);
+  size_t num_ahead(const Turn& turn);
   void reclaim_locked();
-  std::string describe_wait(uint64_t nbytes);
+  std::string describe_wait(uint64_t nbytes, const Turn& turn);
+  std::string describe_queue(const Turn& turn);
 
   std::shared_ptr<Mapping> mapping_;
   std::mutex reap_mutex_;  // one reaper at a time: a place in the table is reused after it
   std::mutex mutex_;       // all below
   Extents extents_;
+  Credits credits_;
+  std::deque<const Turn*> queue_;     // those who wait in acquire(), the first to come in front
   std::vector<Extent> taken_;         // by slot; 0 bytes: none
   std::vector<uint32_t> free_slots_;  // the last one is the next one
 };

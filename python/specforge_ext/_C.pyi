@@ -76,7 +76,13 @@ class ArenaProducer:
         self,
         capacity_bytes: typing.SupportsInt | typing.SupportsIndex,
         max_slots: typing.SupportsInt | typing.SupportsIndex,
-    ) -> None: ...
+        *,
+        high_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+        low_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    ) -> None:
+        """
+        Stops admitting above the high mark, resumes at the low one (shares of the capacity).
+        """
     def acquire(
         self,
         nbytes: typing.SupportsInt | typing.SupportsIndex,
