@@ -152,6 +152,14 @@ void bind_producer(py::module_& m) {
             self.discard({slot, generation});
           },
           py::arg("slot"), py::arg("generation"))
+      .def(
+          "serve",
+          [](Producer& self, const std::string& path) {
+            const py::gil_scoped_release unlocked;
+            self.serve(path);
+            return SocketAddress{path, self.mapping()->fixed().epoch}.text();
+          },
+          py::arg("path"), "Let readers in at a unix socket as well; its address for them.")
       .def("reap", &Producer::reap, py::call_guard<py::gil_scoped_release>(),
            "Return the leases of ended readers; the number of those readers.")
       .def("stats", &stats);
@@ -166,12 +174,16 @@ void bind_consumer(py::module_& m) {
   py::class_<Consumer, std::shared_ptr<Consumer>>(m, "ArenaConsumer")
       .def(py::init([](const std::string& address) {
              const py::gil_scoped_release unlocked;
-             return Consumer::join(Mapping::attach(ArenaAddress::parse(address)));
+             return Consumer::join(Mapping::attach(address));
            }),
-           py::arg("address"), "ProducerLost, ValueError if it is not an arena of this user.")
+           py::arg("address"),
+           "shm:PID:START:FD:EPOCH or shm:unix:PATH:EPOCH. ProducerLost, TransferTimeout, "
+           "ValueError if it is not an arena of this user.")
       .def_property_readonly("epoch",
                              [](const Consumer& self) { return self.mapping()->fixed().epoch; })
       .def_property_readonly("producer_alive", &Consumer::producer_alive)
+      .def("reap", &Consumer::reap, py::call_guard<py::gil_scoped_release>(),
+           "Free the slots an ended producer was writing; how many they were.")
       .def(
           "lease",
           [](Consumer& self, uint32_t slot, uint64_t generation) {

@@ -16,7 +16,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// A reader that is killed never wakes anybody: after so long we look for ourselves.
+// The attendant wakes us when a reader ends. One that attached through /proc after we looked is not
+// watched yet, and an old kernel has no pidfds: after so long we look for ourselves.
 constexpr double kWaitSliceS = 0.2;
 
 double seconds_since(Clock::time_point start) {
@@ -95,7 +96,8 @@ Producer::Producer(std::shared_ptr<Mapping> mapping, Watermarks marks)
     : mapping_(std::move(mapping)),
       extents_(mapping_->fixed().payload_bytes),
       credits_(mapping_->fixed().payload_bytes, marks),
-      taken_(mapping_->fixed().max_slots, Extent{0, 0}) {
+      taken_(mapping_->fixed().max_slots, Extent{0, 0}),
+      attendant_(mapping_, [this] { reap(); }) {
   for (uint32_t i = mapping_->fixed().max_slots; i > 0; --i) free_slots_.push_back(i - 1);
 }
 
@@ -155,7 +157,10 @@ Reservation Producer::acquire(uint64_t nbytes, double timeout_s,
   const Waiter waiter(header.room_waiters);
   for (;;) {
     const uint32_t seen = header.room.load();
-    if (num_ahead(turn) == 0) reap();
+    if (num_ahead(turn) == 0) {
+      attendant_.watch();
+      reap();
+    }
     if (auto reservation = try_acquire(nbytes, &turn)) return std::move(*reservation);
     const double left = timeout_s - seconds_since(start);
     if (left <= 0) throw TransferTimeout(describe_wait(nbytes, turn), seconds_since(start));
@@ -193,6 +198,16 @@ std::string Producer::describe_wait(uint64_t nbytes, const Turn& turn) {
 
 void Producer::discard(SlotRef ref) { acknowledge_slot(*mapping_, ref); }
 
+bool Producer::ended(uint64_t identity) {
+  if (is_guest(identity)) return attendant_.guest_ended(identity);
+  return !process_alive(static_cast<pid_t>(identity & UINT32_MAX), identity >> 32);
+}
+
+void Producer::serve(const std::string& path) {
+  expect_owning_process(*mapping_);
+  attendant_.serve(path);
+}
+
 uint32_t Producer::reap() {
   expect_owning_process(*mapping_);
   const std::lock_guard lock(reap_mutex_);
@@ -200,9 +215,7 @@ uint32_t Producer::reap() {
   for (uint32_t id = 0; id < kMaxConsumers; ++id) {
     ConsumerWord& place = mapping_->header().consumers[id];
     uint64_t identity = place.load(std::memory_order_acquire);
-    if (identity == 0 || process_alive(static_cast<pid_t>(identity & UINT32_MAX), identity >> 32)) {
-      continue;
-    }
+    if (identity == 0 || !ended(identity)) continue;
     for (uint32_t i = 0; i < mapping_->fixed().max_slots; ++i) {
       const uint64_t bits = mapping_->slot(i).word.load(std::memory_order_acquire);
       if (SlotWord::unpack(bits).holders & (1u << id)) release_slot(*mapping_, i, id);

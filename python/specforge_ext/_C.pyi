@@ -100,6 +100,10 @@ class ArenaProducer:
         """
         Return the leases of ended readers; the number of those readers.
         """
+    def serve(self, path: str) -> str:
+        """
+        Let readers in at a unix socket as well; its address for them.
+        """
     def stats(self) -> dict[str, int]: ...
     @property
     def address(self) -> str: ...
@@ -123,7 +127,7 @@ class ArenaLease:
 class ArenaConsumer:
     def __init__(self, address: str) -> None:
         """
-        ProducerLost, ValueError if it is not an arena of this user.
+        shm:PID:START:FD:EPOCH or shm:unix:PATH:EPOCH. ProducerLost, TransferTimeout, ValueError if it is not an arena of this user.
         """
     def acknowledge(
         self,
@@ -137,6 +141,10 @@ class ArenaConsumer:
     ) -> ArenaLease:
         """
         The slot's bytes, until the last buffer of the result is gone. StaleRef.
+        """
+    def reap(self) -> int:
+        """
+        Free the slots an ended producer was writing; how many they were.
         """
     @property
     def epoch(self) -> int: ...
