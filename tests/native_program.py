@@ -22,7 +22,7 @@ def build(program: str, sanitizers: str, *defines: str) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the sanitized arena with")
-    command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", *(f"-D{name}" for name in defines)]
+    command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}"]
     if sanitizers:
         command.append(f"-fsanitize={sanitizers}")
     core = sorted((ROOT / "csrc/core").glob("crc32c*.cpp"))
@@ -35,6 +35,7 @@ def build(program: str, sanitizers: str, *defines: str) -> Path:
         fresh.mkdir(parents=True)
         compile_all([*command, "-c", *map(str, arena)], fresh)
         fresh.rename(folder)
+    command += [f"-D{name}" for name in defines]  # the arena itself is the same for all
     binary = folder / f"{program}-{digest_of(command, [main])}"
     if not binary.exists():
         fresh = binary.with_suffix(f".{os.getpid()}")
