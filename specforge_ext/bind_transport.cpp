@@ -177,8 +177,7 @@ void bind_consumer(py::module_& m) {
              return Consumer::join(Mapping::attach(address));
            }),
            py::arg("address"),
-           "shm:PID:START:FD:EPOCH or shm:unix:PATH:EPOCH. ProducerLost, TransferTimeout, "
-           "ValueError if it is not an arena of this user.")
+           "shm:PID:... or shm:unix:... ProducerLost, TransferTimeout, ValueError.")
       .def_property_readonly("epoch",
                              [](const Consumer& self) { return self.mapping()->fixed().epoch; })
       .def_property_readonly("producer_alive", &Consumer::producer_alive)

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from specforge_ext import _C
-from specforge_ext.store.base import ProducerLost, StaleRef, TransferTimeout
+from specforge_ext.store.base import ProducerLost, StaleRef, StoreError, TransferTimeout
+from specforge_ext.store.shm import ShmConfig, ShmStore
+from store_cases import LAYOUT_HASH, make_sample, same_sample
 
 PAGE = 4096
 
@@ -333,3 +335,19 @@ def test_wait_of_a_served_arena_still_ends(producer: _C.ArenaProducer, folder: P
     with pytest.raises(TransferTimeout):
         producer.acquire(PAGE, 0.1)
     held.abort()
+
+
+def test_store_at_a_socket(folder: Path) -> None:
+    config = ShmConfig(
+        capacity_bytes=1 << 17, high_watermark=0.9, low_watermark=0.5, socket_path=f"{folder}/sock"
+    )
+    writer = ShmStore.writer(config)
+    assert writer.address().startswith(f"shm:unix:{folder}/sock:")
+    ref = writer.put(make_sample(3), layout_hash=LAYOUT_HASH, timeout_s=0)
+    reader = ShmStore.reader(writer.address())
+    with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+        assert same_sample(lease.sample, make_sample(3))
+    reader.ack(ref)
+    writer.close()
+    with pytest.raises(StoreError, match="wanted an open arena, but it was closed"):
+        writer.address()

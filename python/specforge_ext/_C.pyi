@@ -127,7 +127,7 @@ class ArenaLease:
 class ArenaConsumer:
     def __init__(self, address: str) -> None:
         """
-        shm:PID:START:FD:EPOCH or shm:unix:PATH:EPOCH. ProducerLost, TransferTimeout, ValueError if it is not an arena of this user.
+        shm:PID:... or shm:unix:... ProducerLost, TransferTimeout, ValueError.
         """
     def acknowledge(
         self,
