@@ -130,11 +130,14 @@ void bind_producer(py::module_& m) {
       .def("abort", &Reservation::abort);
 
   py::class_<Producer, std::shared_ptr<Producer>>(m, "ArenaProducer")
-      .def(py::init([](uint64_t capacity_bytes, uint32_t max_slots) {
+      .def(py::init([](uint64_t capacity_bytes, uint32_t max_slots, double high_watermark,
+                       double low_watermark) {
              const py::gil_scoped_release unlocked;
-             return Producer::create(capacity_bytes, max_slots);
+             return Producer::create(capacity_bytes, max_slots, {high_watermark, low_watermark});
            }),
-           py::arg("capacity_bytes"), py::arg("max_slots"))
+           py::arg("capacity_bytes"), py::arg("max_slots"), py::kw_only(),
+           py::arg("high_watermark") = 1.0, py::arg("low_watermark") = 1.0,
+           "Stops admitting above the high mark, resumes at the low one (shares of the capacity).")
       .def_property_readonly("address",
                              [](const Producer& self) { return self.mapping()->address().text(); })
       .def_property_readonly("epoch",
@@ -149,6 +152,14 @@ void bind_producer(py::module_& m) {
             self.discard({slot, generation});
           },
           py::arg("slot"), py::arg("generation"))
+      .def(
+          "serve",
+          [](Producer& self, const std::string& path) {
+            const py::gil_scoped_release unlocked;
+            self.serve(path);
+            return SocketAddress{path, self.mapping()->fixed().epoch}.text();
+          },
+          py::arg("path"), "Let readers in at a unix socket as well; its address for them.")
       .def("reap", &Producer::reap, py::call_guard<py::gil_scoped_release>(),
            "Return the leases of ended readers; the number of those readers.")
       .def("stats", &stats);
@@ -163,12 +174,15 @@ void bind_consumer(py::module_& m) {
   py::class_<Consumer, std::shared_ptr<Consumer>>(m, "ArenaConsumer")
       .def(py::init([](const std::string& address) {
              const py::gil_scoped_release unlocked;
-             return Consumer::join(Mapping::attach(ArenaAddress::parse(address)));
+             return Consumer::join(Mapping::attach(address));
            }),
-           py::arg("address"), "ProducerLost, ValueError if it is not an arena of this user.")
+           py::arg("address"),
+           "shm:PID:... or shm:unix:... ProducerLost, TransferTimeout, ValueError.")
       .def_property_readonly("epoch",
                              [](const Consumer& self) { return self.mapping()->fixed().epoch; })
       .def_property_readonly("producer_alive", &Consumer::producer_alive)
+      .def("reap", &Consumer::reap, py::call_guard<py::gil_scoped_release>(),
+           "Free the slots an ended producer was writing; how many they were.")
       .def(
           "lease",
           [](Consumer& self, uint32_t slot, uint64_t generation) {

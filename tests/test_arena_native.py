@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-fno-sanitize-recover=all", "-pthread"]
-
-
-def build(program: str, sanitizers: str) -> Path:
-    """Compile a program of tests/native with the arena's sources; what is built stays in build/."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the sanitized arena with")
-    command = [compiler, *FLAGS, f"-fsanitize={sanitizers}", f"-I{ROOT / 'csrc'}"]
-    core = sorted((ROOT / "csrc/core").glob("crc32c*.cpp"))
-    arena = [*sorted((ROOT / "csrc/transport").glob("*.cpp")), *core]
-    main = ROOT / "tests/native" / f"{program}.cpp"
-    folder = ROOT / "build/sanitized" / digest_of(command, [*arena, *ROOT.glob("csrc/*/*.h")])
-    if not folder.exists():
-        # Renamed when complete, so that two runs at once cannot see half of it.
-        fresh = folder.with_suffix(f".{os.getpid()}")
-        fresh.mkdir(parents=True)
-        compile_all([*command, "-c", *map(str, arena)], fresh)
-        fresh.rename(folder)
-    binary = folder / f"{program}-{digest_of(command, [main])}"
-    if not binary.exists():
-        fresh = binary.with_suffix(f".{os.getpid()}")
-        objects = map(str, sorted(folder.glob("*.o")))
-        compile_all([*command, str(main), *objects, "-o", str(fresh)], folder)
-        fresh.rename(binary)
-    return binary
-
-
-def digest_of(command: list[str], sources: list[Path]) -> str:
-    digest = hashlib.sha256(" ".join(command).encode())
-    for path in sorted(sources):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def compile_all(command: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def run(binary: Path, *arguments: str) -> None:
-    # ThreadSanitizer of g++ 12 cannot place its shadow where new kernels randomise addresses.
-    setarch = shutil.which("setarch")
-    prefix = [setarch, "-R"] if setarch else []
-    command = [*prefix, str(binary), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert done.stdout.endswith("ok\n")
+from native_program import build, run, run_anyhow
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-def test_threads(sanitizers: str) -> None:
-    run(build("arena_stress", sanitizers), "3000")
+def test_threads(sanitizers: str, tmp_path: Path) -> None:
+    run(build("arena_stress", sanitizers), "3000", str(tmp_path))
+
+
+def test_planted_race_is_seen(tmp_path: Path) -> None:
+    """A producer that writes after it published, so that the test above can fail."""
+    done = run_anyhow(build("arena_stress", "thread", "PLANTED_RACE"), "300", str(tmp_path))
+    assert done.returncode != 0
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr
+    assert "arena_stress.cpp" in done.stderr
 
 
 def test_kills() -> None:

@@ -1,17 +1,23 @@
 // A pooled arena in shared memory: one producer process, up to kMaxConsumers reading processes at a
 // time (any number over its life). Slots go through the states of slot_word.h; readers get views,
 // never copies. Everything here may be called from several threads.
+//
+// Many producers on a host are many arenas, of which a reader attaches as many as it likes: with
+// one writer the free extents need no lock that a killed process could hold.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
 
+#include "transport/attendant.h"
+#include "transport/credits.h"
 #include "transport/extents.h"
 #include "transport/mapping.h"
 #include "transport/slot_word.h"
@@ -63,12 +69,14 @@ class Reservation {
 
 class Producer : public std::enable_shared_from_this<Producer> {
  public:
-  static std::shared_ptr<Producer> create(uint64_t capacity_bytes, uint32_t max_slots);
+  static std::shared_ptr<Producer> create(uint64_t capacity_bytes, uint32_t max_slots,
+                                          Watermarks marks = {});
 
   const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
 
-  // A slot of `nbytes`, page aligned. Waits for readers to free room; `between_waits` is called a
-  // few times a second meanwhile and ends the wait by throwing.
+  // A slot of `nbytes`, page aligned. Waits for readers to free room, first come first served: a
+  // small sample never overtakes a large one, which could otherwise starve. `between_waits` is
+  // called a few times a second meanwhile and ends the wait by throwing.
   // StoreFull at once if it can never fit; TransferTimeout after `timeout_s`.
   Reservation acquire(uint64_t nbytes, double timeout_s,
                       const std::function<void()>& between_waits = {});
@@ -76,24 +84,35 @@ class Producer : public std::enable_shared_from_this<Producer> {
   // As a reader's acknowledge: nobody is going to read this sample any more. StaleRef.
   void discard(SlotRef ref);
 
-  // Takes the leases of ended processes away and returns how many processes those were.
-  // acquire() does so too while it waits.
+  // Takes the leases of ended processes away and returns how many readers those were. acquire()
+  // does so too while it waits, woken by their end; so does a served arena at any time.
   uint32_t reap();
+
+  // Readers may attach through a socket at `path` as well: SocketAddress. listen_at().
+  void serve(const std::string& path);
 
   ArenaStats stats();
 
  private:
-  explicit Producer(std::shared_ptr<Mapping> mapping);
-  std::optional<Reservation> try_acquire(uint64_t nbytes);
+  class Turn;
+  Producer(std::shared_ptr<Mapping> mapping, Watermarks marks);
+  std::optional<Reservation> try_acquire(uint64_t nbytes, const Turn* turn);
+  size_t num_ahead(const Turn& turn);
   void reclaim_locked();
-  std::string describe_wait(uint64_t nbytes);
+  std::string describe_wait(uint64_t nbytes, const Turn& turn);
+  std::string describe_queue(const Turn& turn);
+
+  bool ended(uint64_t identity);
 
   std::shared_ptr<Mapping> mapping_;
   std::mutex reap_mutex_;  // one reaper at a time: a place in the table is reused after it
   std::mutex mutex_;       // all below
   Extents extents_;
+  Credits credits_;
+  std::deque<const Turn*> queue_;     // those who wait in acquire(), the first to come in front
   std::vector<Extent> taken_;         // by slot; 0 bytes: none
   std::vector<uint32_t> free_slots_;  // the last one is the next one
+  Attendant attendant_;               // last, so that its thread ends before all it uses
 };
 
 class Consumer;
@@ -133,7 +152,12 @@ class Consumer : public std::enable_shared_from_this<Consumer> {
   // Its memory may be reused once no lease of any reader is left. StaleRef, also the second time.
   void acknowledge(SlotRef ref);
 
-  bool producer_alive() const;
+  bool producer_alive() const { return mapping_->producer_alive(); }
+
+  // Frees what an ended producer left in WRITING, one generation on, and returns how many slots
+  // those were; 0 while it lives. What it published stays readable. The leases of other readers are
+  // the producer's to take away: after it nobody writes into the memory again.
+  uint32_t reap();
 
  private:
   friend class Lease;

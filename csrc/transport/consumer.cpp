@@ -1,7 +1,4 @@
-#include <unistd.h>
-
 #include "transport/arena.h"
-#include "transport/process.h"
 #include "transport/slot_edges.h"
 
 namespace sf {
@@ -36,7 +33,7 @@ Consumer::Consumer(std::shared_ptr<Mapping> mapping, uint32_t id, uint64_t ident
 
 std::shared_ptr<Consumer> Consumer::join(std::shared_ptr<Mapping> mapping) {
   expect_owning_process(*mapping);
-  const uint64_t identity = (own_start() << 32) | static_cast<uint32_t>(::getpid());
+  const uint64_t identity = mapping->reader_identity();
   for (uint32_t id = 0; id < kMaxConsumers; ++id) {
     uint64_t nobody = 0;
     if (mapping->header().consumers[id].compare_exchange_strong(nobody, identity)) {
@@ -77,9 +74,20 @@ void Consumer::release(SlotRef ref) {
   if (--num_leases_[ref.slot] == 0) release_slot(*mapping_, ref.slot, id_);
 }
 
-bool Consumer::producer_alive() const {
-  const FixedHeader& fixed = mapping_->fixed();
-  return process_alive(static_cast<pid_t>(fixed.producer_pid), fixed.producer_start);
+uint32_t Consumer::reap() {
+  expect_owning_process(*mapping_);
+  if (mapping_->producer_alive()) return 0;
+  uint32_t num_freed = 0;
+  for (uint32_t i = 0; i < mapping_->fixed().max_slots; ++i) {
+    std::atomic<uint64_t>& shared = mapping_->slot(i).word;
+    uint64_t bits = shared.load(std::memory_order_acquire);
+    const SlotWord word = SlotWord::unpack(bits);
+    if (word.state != SlotState::kWriting) continue;
+    // Only the producer writes and it is gone: one try decides between several reapers.
+    const SlotWord freed{word.generation % kMaxGeneration + 1, SlotState::kFree, 0};
+    num_freed += shared.compare_exchange_strong(bits, freed.pack());
+  }
+  return num_freed;
 }
 
 }  // namespace sf

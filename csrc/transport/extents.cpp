@@ -8,9 +8,12 @@ namespace sf {
 
 Extents::Extents(uint64_t payload_bytes) : free_{{0, payload_bytes}}, free_bytes_(payload_bytes) {}
 
+uint64_t Extents::extent_bytes(uint64_t nbytes) {
+  return std::max<uint64_t>(1, nbytes / kPageBytes + (nbytes % kPageBytes != 0)) * kPageBytes;
+}
+
 std::optional<Extent> Extents::take(uint64_t nbytes) {
-  const uint64_t pages = std::max<uint64_t>(1, nbytes / kPageBytes + (nbytes % kPageBytes != 0));
-  const uint64_t wanted = pages * kPageBytes;
+  const uint64_t wanted = extent_bytes(nbytes);
   auto best = free_.end();
   for (auto it = free_.begin(); it != free_.end(); ++it) {
     if (it->second >= wanted && (best == free_.end() || it->second < best->second)) best = it;

@@ -18,7 +18,10 @@ class Extents {
  public:
   explicit Extents(uint64_t payload_bytes);
 
-  // At least one page. Nothing if no free extent is long enough.
+  // What a sample of so many bytes takes: whole pages, at least one.
+  static uint64_t extent_bytes(uint64_t nbytes);
+
+  // Nothing if no free extent is long enough.
   std::optional<Extent> take(uint64_t nbytes);
   void give_back(const Extent& extent);
 

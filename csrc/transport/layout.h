@@ -36,8 +36,15 @@ struct FixedHeader {
   uint64_t producer_start;  // clock ticks after boot
 };
 
-// 0: nobody. Else {start time, low 32 bits | pid, 32 bits}, set and cleared by one CAS.
+// 0: nobody. Else who reads, set and cleared by one CAS:
+//   {start time, low 32 bits | pid, 32 bits}        attached by /proc, in the producer's namespace
+//   {running number, 32 bits | kGuestFlag}          let in at the socket, the producer has its
+//   pidfd
 using ConsumerWord = std::atomic<uint64_t>;
+
+inline constexpr uint64_t kGuestFlag = uint64_t{1} << 31;  // no pid reaches this
+constexpr uint64_t guest_identity(uint32_t number) { return uint64_t{number} << 32 | kGuestFlag; }
+constexpr bool is_guest(uint64_t identity) { return (identity & kGuestFlag) != 0; }
 
 struct Header {
   FixedHeader fixed;

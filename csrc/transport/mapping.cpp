@@ -11,11 +11,14 @@
 #include <cerrno>
 #include <climits>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string_view>
 
 #include "core/error.h"
 #include "transport/errors.h"
+#include "transport/handover.h"
 #include "transport/memory.h"
 #include "transport/process.h"
 
@@ -86,7 +89,42 @@ FileDescriptor open_memory(const ArenaAddress& address, const std::string& path)
   return fd;
 }
 
+FixedHeader check_arena(const FileDescriptor& fd, const std::string& path, uint64_t epoch,
+                        const std::string& address) {
+  check_file(fd.get(), path);
+  const FixedHeader fixed = read_header(fd.get(), path);
+  if (fixed.epoch == epoch) return fixed;
+  throw ProducerLost("arena " + address + ": its producer has closed it and opened another");
+}
+
+uint64_t own_identity() { return (own_start() << 32) | static_cast<uint32_t>(::getpid()); }
+
+constexpr std::string_view kSocketPrefix = "shm:unix:";
+
+std::string epoch_text(uint64_t epoch) {
+  char out[24];
+  std::snprintf(out, sizeof out, ":%016llx", static_cast<unsigned long long>(epoch));
+  return out;
+}
+
 }  // namespace
+
+std::string SocketAddress::text() const {
+  return std::string(kSocketPrefix) + path + epoch_text(epoch);
+}
+
+SocketAddress SocketAddress::parse(const std::string& text) {
+  SocketAddress address{"", 0};
+  const size_t colon = text.rfind(':');
+  if (text.starts_with(kSocketPrefix) && colon > kSocketPrefix.size()) {
+    address.path = text.substr(kSocketPrefix.size(), colon - kSocketPrefix.size());
+    address.epoch = std::strtoull(text.c_str() + colon + 1, nullptr, 16);
+  }
+  // Writing it out again shows that nothing else was there.
+  if (!address.path.empty() && address.epoch != 0 && address.text() == text) return address;
+  throw ArgumentError("arena: address must be shm:unix:PATH:EPOCH, got '" + text.substr(0, 160) +
+                      "'");
+}
 
 std::string ArenaAddress::text() const {
   char out[96];
@@ -131,6 +169,7 @@ std::shared_ptr<Mapping> Mapping::create(uint64_t payload_bytes, uint32_t max_sl
     fail("fcntl(F_ADD_SEALS)", errno, __LINE__);
   }
   std::shared_ptr<Mapping> mapping(new Mapping(std::move(fd), fixed));
+  mapping->reader_identity_ = own_identity();
   mapping->map(PROT_READ | PROT_WRITE);
   auto* header = new (mapping->control_) Header{};
   for (uint32_t i = 0; i < max_slots; ++i) new (&mapping->slot(i)) Slot{};
@@ -142,15 +181,33 @@ std::shared_ptr<Mapping> Mapping::attach(const ArenaAddress& address) {
   const std::string path =
       "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.fd);
   FileDescriptor fd = open_memory(address, path);
-  check_file(fd.get(), path);
-  const FixedHeader fixed = read_header(fd.get(), path);
-  if (fixed.epoch != address.epoch) {
-    throw ProducerLost("arena " + address.text() +
-                       ": its producer has closed it and opened another");
-  }
+  const FixedHeader fixed = check_arena(fd, path, address.epoch, address.text());
   std::shared_ptr<Mapping> mapping(new Mapping(std::move(fd), fixed));
+  mapping->reader_identity_ = own_identity();
   mapping->map(PROT_READ);
   return mapping;
+}
+
+std::shared_ptr<Mapping> Mapping::attach(const SocketAddress& address) {
+  Handover handover = knock(address.path);
+  const FixedHeader fixed =
+      check_arena(handover.memory, address.path, address.epoch, address.text());
+  std::shared_ptr<Mapping> mapping(new Mapping(std::move(handover.memory), fixed));
+  mapping->connection_ = std::move(handover.connection);
+  mapping->process_ = std::move(handover.process);
+  mapping->reader_identity_ = handover.identity;
+  mapping->map(PROT_READ);
+  return mapping;
+}
+
+std::shared_ptr<Mapping> Mapping::attach(const std::string& address) {
+  if (address.starts_with(kSocketPrefix)) return attach(SocketAddress::parse(address));
+  return attach(ArenaAddress::parse(address));
+}
+
+bool Mapping::producer_alive() const {
+  if (process_) return !process_ended(process_);
+  return process_alive(static_cast<pid_t>(fixed_.producer_pid), fixed_.producer_start);
 }
 
 void Mapping::map(int payload_protection) {

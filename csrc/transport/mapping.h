@@ -13,8 +13,8 @@
 
 namespace sf {
 
-// Where a reader of the same host and user finds an arena: the producer's own descriptor, through
-// /proc. Nothing has a name in a file system, so nothing is left behind by a kill -9.
+// Where a reader that shares the producer's /proc, and its user, finds an arena: the producer's own
+// descriptor. Nothing has a name in a file system, so nothing is left behind by a kill -9.
 struct ArenaAddress {
   pid_t pid;
   uint64_t start;
@@ -27,6 +27,17 @@ struct ArenaAddress {
   static ArenaAddress parse(const std::string& text);
 };
 
+// Where a reader in another pid namespace finds it: handover.h. Both see the path.
+struct SocketAddress {
+  std::string path;
+  uint64_t epoch;
+
+  // "shm:unix:PATH:EPOCH", the epoch as 16 hexadecimal digits.
+  std::string text() const;
+  // ArgumentError if it is not exactly of that form.
+  static SocketAddress parse(const std::string& text);
+};
+
 class Mapping {
  public:
   // A memfd sealed against shrinking and growing, every page of it allocated and mapped.
@@ -37,6 +48,12 @@ class Mapping {
   // the arena; ArgumentError if the file is not a sealed arena of this user.
   static std::shared_ptr<Mapping> attach(const ArenaAddress& address);
 
+  // TransferTimeout if its producer does not answer.
+  static std::shared_ptr<Mapping> attach(const SocketAddress& address);
+
+  // Either form.
+  static std::shared_ptr<Mapping> attach(const std::string& address);
+
   ~Mapping();
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
@@ -45,7 +62,13 @@ class Mapping {
   Header& header() const { return *reinterpret_cast<Header*>(control_); }
   Slot& slot(uint32_t index) const { return reinterpret_cast<Slot*>(control_ + kPageBytes)[index]; }
   std::byte* payload() const { return payload_; }
+  int fd() const { return fd_.get(); }
   ArenaAddress address() const;
+
+  // What this process writes into the table of readers: layout.h.
+  uint64_t reader_identity() const { return reader_identity_; }
+
+  bool producer_alive() const;
 
   // A forked child has the memory but not the leases: it must touch neither.
   bool in_owning_process() const;
@@ -57,9 +80,12 @@ class Mapping {
   Mapping(FileDescriptor fd, const FixedHeader& fixed) : fd_(std::move(fd)), fixed_(fixed) {}
   void map(int payload_protection);
 
+  FileDescriptor connection_;  // with process_: of a guest; none else
+  FileDescriptor process_;
   FileDescriptor fd_;
   FixedHeader fixed_;
   pid_t pid_ = 0;
+  uint64_t reader_identity_ = 0;
   std::byte* control_ = nullptr;
   std::byte* payload_ = nullptr;
 };

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "core/error.h"
@@ -21,10 +22,11 @@ struct Stat {
   uint64_t start;
 };
 
+// "self" is right also where /proc shows another pid namespace than the caller's.
 // Fields 3 (state) and 22 (starttime) of /proc/PID/stat, proc(5). The name in field 2 may hold
 // blanks and brackets, so counting starts behind its last bracket.
-std::optional<Stat> read_stat(pid_t pid) {
-  const std::string path = "/proc/" + std::to_string(pid) + "/stat";
+std::optional<Stat> read_stat(const std::string& process) {
+  const std::string path = "/proc/" + process + "/stat";
   const FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!fd) return std::nullopt;
   char text[1024];
@@ -45,33 +47,40 @@ std::optional<Stat> read_stat(pid_t pid) {
 
 }  // namespace
 
-std::optional<uint64_t> process_start(pid_t pid) {
-  const auto stat = read_stat(pid);
-  if (!stat) return std::nullopt;
-  return stat->start;
+FileDescriptor open_process(pid_t pid) {
+#ifdef SYS_pidfd_open
+  return FileDescriptor(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+#else
+  static_cast<void>(pid);
+  errno = ENOSYS;
+  return FileDescriptor();
+#endif
+}
+
+FileDescriptor open_own_process() {
+  FileDescriptor fd = open_process(::getpid());
+  if (!fd) throw MachineError("pidfd_open", std::strerror(errno), __FILE__, __LINE__);
+  return fd;
+}
+
+bool process_ended(const FileDescriptor& pidfd) {
+  pollfd ended{pidfd.get(), POLLIN, 0};
+  return ::poll(&ended, 1, 0) == 1;
 }
 
 uint64_t own_start() {
-  const auto start = process_start(::getpid());
-  if (!start) throw MachineError("read /proc/self/stat", "no start time", __FILE__, __LINE__);
-  return *start;
+  const auto stat = read_stat("self");
+  if (!stat) throw MachineError("read /proc/self/stat", "no start time", __FILE__, __LINE__);
+  return stat->start;
 }
 
 bool process_alive(pid_t pid, uint64_t start) {
-#ifdef SYS_pidfd_open
-  const FileDescriptor fd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+  const FileDescriptor fd = open_process(pid);
   if (!fd && errno == ESRCH) return false;
-  if (fd) {
-    // Readable once the last thread has ended, before and after anybody waits for the process.
-    pollfd ended{fd.get(), POLLIN, 0};
-    if (::poll(&ended, 1, 0) == 1) return false;
-  }
-#endif
-  const auto stat = read_stat(pid);
+  if (fd && process_ended(fd)) return false;
+  const auto stat = read_stat(std::to_string(pid));
   if (!stat || static_cast<uint32_t>(stat->start) != static_cast<uint32_t>(start)) return false;
-#ifdef SYS_pidfd_open
   if (fd) return true;
-#endif
   // No pidfd here (an old kernel or a seccomp filter): the leader's state is all there is.
   return stat->state != 'Z' && stat->state != 'X';
 }

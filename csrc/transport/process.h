@@ -5,14 +5,22 @@
 #include <sys/types.h>
 
 #include <cstdint>
-#include <optional>
+
+#include "transport/file_descriptor.h"
 
 namespace sf {
 
-// Clock ticks between boot and the start of the process; nothing if there is no such process.
-std::optional<uint64_t> process_start(pid_t pid);
+// A pidfd: readable once the whole process has ended, by whoever holds it, in any pid namespace.
+// None if there is no such process, or the kernel or a seccomp filter knows no pidfds.
+FileDescriptor open_process(pid_t pid);
 
-// Of the calling process.
+// Of the calling process. MachineError if pidfds are not to be had.
+FileDescriptor open_own_process();
+
+// Zombies have ended too.
+bool process_ended(const FileDescriptor& pidfd);
+
+// Clock ticks between boot and the start of the calling process.
 uint64_t own_start();
 
 // False once the whole process has ended, zombies included. Only the low 32 bits of `start` count.

@@ -16,7 +16,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// A reader that is killed never wakes anybody: after so long we look for ourselves.
+// The attendant wakes us when a reader ends. One that attached through /proc after we looked is not
+// watched yet, and an old kernel has no pidfds: after so long we look for ourselves.
 constexpr double kWaitSliceS = 0.2;
 
 double seconds_since(Clock::time_point start) {
@@ -69,15 +70,40 @@ void Reservation::leave(SlotState state) {
   change_word(producer_->mapping()->slot(ref_.slot), [&](SlotWord) { return next; });
 }
 
-Producer::Producer(std::shared_ptr<Mapping> mapping)
+// A place in the queue of those who wait for room.
+class Producer::Turn {
+ public:
+  explicit Turn(Producer& producer) : producer_(producer) {
+    const std::lock_guard lock(producer_.mutex_);
+    producer_.queue_.push_back(this);
+  }
+  ~Turn() {
+    {
+      const std::lock_guard lock(producer_.mutex_);
+      std::erase(producer_.queue_, this);
+    }
+    // Whoever is in front now may find room that was not enough for us, or was left over.
+    producer_.mapping_->signal_room();
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  Producer& producer_;
+};
+
+Producer::Producer(std::shared_ptr<Mapping> mapping, Watermarks marks)
     : mapping_(std::move(mapping)),
       extents_(mapping_->fixed().payload_bytes),
-      taken_(mapping_->fixed().max_slots, Extent{0, 0}) {
+      credits_(mapping_->fixed().payload_bytes, marks),
+      taken_(mapping_->fixed().max_slots, Extent{0, 0}),
+      attendant_(mapping_, [this] { reap(); }) {
   for (uint32_t i = mapping_->fixed().max_slots; i > 0; --i) free_slots_.push_back(i - 1);
 }
 
-std::shared_ptr<Producer> Producer::create(uint64_t capacity_bytes, uint32_t max_slots) {
-  return std::shared_ptr<Producer>(new Producer(Mapping::create(capacity_bytes, max_slots)));
+std::shared_ptr<Producer> Producer::create(uint64_t capacity_bytes, uint32_t max_slots,
+                                           Watermarks marks) {
+  return std::shared_ptr<Producer>(new Producer(Mapping::create(capacity_bytes, max_slots), marks));
 }
 
 void Producer::reclaim_locked() {
@@ -91,9 +117,12 @@ void Producer::reclaim_locked() {
   }
 }
 
-std::optional<Reservation> Producer::try_acquire(uint64_t nbytes) {
+std::optional<Reservation> Producer::try_acquire(uint64_t nbytes, const Turn* turn) {
   const std::lock_guard lock(mutex_);
+  if (!queue_.empty() && queue_.front() != turn) return std::nullopt;
   reclaim_locked();
+  const uint64_t used_bytes = mapping_->fixed().payload_bytes - extents_.free_bytes();
+  if (!credits_.admit(used_bytes, Extents::extent_bytes(nbytes))) return std::nullopt;
   if (free_slots_.empty()) return std::nullopt;
   const auto extent = extents_.take(nbytes);
   if (!extent) return std::nullopt;
@@ -120,23 +149,41 @@ Reservation Producer::acquire(uint64_t nbytes, double timeout_s,
   if (nbytes > mapping_->fixed().payload_bytes) {
     throw StoreFull(nbytes, mapping_->fixed().payload_bytes);
   }
-  if (auto reservation = try_acquire(nbytes)) return std::move(*reservation);
+  if (auto reservation = try_acquire(nbytes, nullptr)) return std::move(*reservation);
 
   const Clock::time_point start = Clock::now();
   Header& header = mapping_->header();
+  const Turn turn(*this);
   const Waiter waiter(header.room_waiters);
   for (;;) {
     const uint32_t seen = header.room.load();
-    reap();
-    if (auto reservation = try_acquire(nbytes)) return std::move(*reservation);
+    if (num_ahead(turn) == 0) {
+      attendant_.watch();
+      reap();
+    }
+    if (auto reservation = try_acquire(nbytes, &turn)) return std::move(*reservation);
     const double left = timeout_s - seconds_since(start);
-    if (left <= 0) throw TransferTimeout(describe_wait(nbytes), seconds_since(start));
+    if (left <= 0) throw TransferTimeout(describe_wait(nbytes, turn), seconds_since(start));
     wait_for_change(header.room, seen, std::min(left, kWaitSliceS));
     if (between_waits) between_waits();
   }
 }
 
-std::string Producer::describe_wait(uint64_t nbytes) {
+size_t Producer::num_ahead(const Turn& turn) {
+  const std::lock_guard lock(mutex_);
+  return static_cast<size_t>(std::find(queue_.begin(), queue_.end(), &turn) - queue_.begin());
+}
+
+// Only what may be the reason; the state of the arena is always one.
+std::string Producer::describe_queue(const Turn& turn) {
+  const size_t ahead = num_ahead(turn);
+  if (ahead != 0) return "; earlier waits: " + std::to_string(ahead);
+  const std::lock_guard lock(mutex_);
+  if (!credits_.closed() || credits_.low_bytes() == credits_.high_bytes()) return "";
+  return "; closed until at most " + std::to_string(credits_.low_bytes()) + " are used";
+}
+
+std::string Producer::describe_wait(uint64_t nbytes, const Turn& turn) {
   const ArenaStats now = stats();
   const auto count = [&](SlotState state) {
     return std::to_string(now.slots[static_cast<uint8_t>(state)]);
@@ -146,10 +193,20 @@ std::string Producer::describe_wait(uint64_t nbytes) {
          ", largest free extent " + std::to_string(now.largest_free_bytes) +
          "; slots: " + count(SlotState::kFree) + " free, " + count(SlotState::kWriting) +
          " writing, " + count(SlotState::kReady) + " ready, " + count(SlotState::kLeased) +
-         " leased, " + count(SlotState::kDraining) + " draining)";
+         " leased, " + count(SlotState::kDraining) + " draining" + describe_queue(turn) + ")";
 }
 
 void Producer::discard(SlotRef ref) { acknowledge_slot(*mapping_, ref); }
+
+bool Producer::ended(uint64_t identity) {
+  if (is_guest(identity)) return attendant_.guest_ended(identity);
+  return !process_alive(static_cast<pid_t>(identity & UINT32_MAX), identity >> 32);
+}
+
+void Producer::serve(const std::string& path) {
+  expect_owning_process(*mapping_);
+  attendant_.serve(path);
+}
 
 uint32_t Producer::reap() {
   expect_owning_process(*mapping_);
@@ -158,9 +215,7 @@ uint32_t Producer::reap() {
   for (uint32_t id = 0; id < kMaxConsumers; ++id) {
     ConsumerWord& place = mapping_->header().consumers[id];
     uint64_t identity = place.load(std::memory_order_acquire);
-    if (identity == 0 || process_alive(static_cast<pid_t>(identity & UINT32_MAX), identity >> 32)) {
-      continue;
-    }
+    if (identity == 0 || !ended(identity)) continue;
     for (uint32_t i = 0; i < mapping_->fixed().max_slots; ++i) {
       const uint64_t bits = mapping_->slot(i).word.load(std::memory_order_acquire);
       if (SlotWord::unpack(bits).holders & (1u << id)) release_slot(*mapping_, i, id);

@@ -76,7 +76,13 @@ class ArenaProducer:
         self,
         capacity_bytes: typing.SupportsInt | typing.SupportsIndex,
         max_slots: typing.SupportsInt | typing.SupportsIndex,
-    ) -> None: ...
+        *,
+        high_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+        low_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    ) -> None:
+        """
+        Stops admitting above the high mark, resumes at the low one (shares of the capacity).
+        """
     def acquire(
         self,
         nbytes: typing.SupportsInt | typing.SupportsIndex,
@@ -93,6 +99,10 @@ class ArenaProducer:
     def reap(self) -> int:
         """
         Return the leases of ended readers; the number of those readers.
+        """
+    def serve(self, path: str) -> str:
+        """
+        Let readers in at a unix socket as well; its address for them.
         """
     def stats(self) -> dict[str, int]: ...
     @property
@@ -117,7 +127,7 @@ class ArenaLease:
 class ArenaConsumer:
     def __init__(self, address: str) -> None:
         """
-        ProducerLost, ValueError if it is not an arena of this user.
+        shm:PID:... or shm:unix:... ProducerLost, TransferTimeout, ValueError.
         """
     def acknowledge(
         self,
@@ -131,6 +141,10 @@ class ArenaConsumer:
     ) -> ArenaLease:
         """
         The slot's bytes, until the last buffer of the result is gone. StaleRef.
+        """
+    def reap(self) -> int:
+        """
+        Free the slots an ended producer was writing; how many they were.
         """
     @property
     def epoch(self) -> int: ...

@@ -82,6 +82,10 @@ void produce(sf::Producer& producer, Refs& refs, uint64_t seed, int num_samples)
     const uint32_t sum = sf::copy_crc32c(reservation.data(), words.data(), num_words * 8);
     reservation.publish();
     refs.push({reservation.ref(), pattern, num_words, sum});
+#ifdef PLANTED_RACE
+    // What a producer must not do: the same bytes again, so that only a race detector can tell.
+    if (num_words != 0) std::memcpy(reservation.data(), &pattern, sizeof pattern);
+#endif
   }
 }
 
@@ -141,8 +145,12 @@ void check_empty(sf::Producer& producer) {
   expect(now.num_consumers == 0, "a reader left its place taken");
 }
 
-void run(int num_samples) {
-  const auto producer = sf::Producer::create(kCapacityBytes, kMaxSlots);
+void run(int num_samples, const std::string& folder) {
+  // Marks apart, so that waits are ended by more than the first free byte.
+  const auto producer = sf::Producer::create(kCapacityBytes, kMaxSlots, {1.0, 0.7});
+  const std::string path = folder + "/arena";
+  producer->serve(path);
+  const sf::SocketAddress address{path, producer->mapping()->fixed().epoch};
   Refs refs;
   std::atomic<int> num_read{0};
   std::atomic<bool> reaping{true};
@@ -153,7 +161,9 @@ void run(int num_samples) {
   }
   for (uint64_t i = 0; i < 3; ++i) {
     others.emplace_back([&, i] {
-      const auto consumer = sf::Consumer::join(producer->mapping());
+      // Two share the producer's mapping, which shows races; one is let in at the socket.
+      const auto consumer =
+          sf::Consumer::join(i == 0 ? sf::Mapping::attach(address) : producer->mapping());
       consume(*consumer, refs, 100 + i, num_read);
     });
   }
@@ -219,7 +229,7 @@ int main(int argc, char** argv) {
   const int num_samples = argc > 1 ? std::atoi(argv[1]) : 3000;
   check_extents();
   check_one_slot();
-  run(num_samples);
+  run(num_samples, argc > 2 ? argv[2] : ".");
   std::puts("ok");
   return 0;
 }

@@ -27,11 +27,18 @@ class ShmConfig(Config):
     max_slots: samples that may lie in it at the same time.
     checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
         verify (stream.verify: false).
+    high_watermark, low_watermark: shares of the capacity. Samples wait once they would lift what is
+        used above the first, until no more than the second is used: no hysteresis where equal.
+    socket_path: where readers in other pid namespaces (containers) are let in, in a directory of
+        this user's with mode 0700. None: through /proc only.
     """
 
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
     checksum: bool = True
+    high_watermark: float = Field(default=1.0, gt=0, le=1)
+    low_watermark: float = Field(default=1.0, gt=0, le=1)
+    socket_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,13 @@ class ShmWriter:
     def __init__(self, config: ShmConfig) -> None:
         self._checksum = config.checksum
         self._open_arena: _C.ArenaProducer | None = _C.ArenaProducer(
-            config.capacity_bytes, config.max_slots
+            config.capacity_bytes,
+            config.max_slots,
+            high_watermark=config.high_watermark,
+            low_watermark=config.low_watermark,
         )
+        path = config.socket_path
+        self._socket_address = None if path is None else self._arena.serve(path)
         self._store = _store_id(self._arena.epoch)
 
     @property
@@ -165,8 +177,9 @@ class ShmWriter:
         return CAPABILITIES
 
     def address(self) -> str:
-        """What `ShmStore.reader` wants: "shm:PID:START:FD:EPOCH"."""
-        return self._arena.address
+        """What `ShmStore.reader` wants: "shm:PID:START:FD:EPOCH" or "shm:unix:PATH:EPOCH"."""
+        arena = self._arena
+        return self._socket_address or arena.address
 
     def close(self) -> None:
         """No more samples, no more readers. Readers that are attached keep what was published."""
