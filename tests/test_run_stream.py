@@ -35,6 +35,7 @@ from specforge_ext.runs.local import SkipLog
 from specforge_ext.runs.wire import listen
 from specforge_ext.store import STORES
 from specforge_ext.store.base import CorruptFeature, ProducerLost, TransferTimeout
+from specforge_ext.store.ref import ref_to_json
 from specforge_ext.trainer import World, open_world
 
 LAYOUT = FeatureLayout((FeatureSpec("x", (1,), 2, "float32"),))
@@ -276,7 +277,7 @@ def test_leaving_early_does_not_wait_for_the_producer(
     """As after SIGTERM: the thread waits for a step that nobody needs any more."""
     link, raw = peer
     step = STEPS[0]
-    refs = [store.put(PROMPTS[i]).to_json() for i in step.samples]
+    refs = [ref_to_json(store.put(PROMPTS[i])) for i in step.samples]
     say(raw, op="refs", step=0, refs=refs, skipped=[])
     steps = stream_of(link, store, timeout_s=60.0).iterate(0)
     assert next(steps).step == 0

@@ -12,7 +12,7 @@ import pytest
 
 from specforge_ext.records import SampleRef, TensorRef
 from specforge_ext.store.base import CorruptFeature, StoreError
-from specforge_ext.store.ref import check_ref, plan_tensors, ref_from_json
+from specforge_ext.store.ref import check_ref, plan_tensors, ref_from_json, ref_to_json
 from specforge_ext.store.shm import ShmConfig, ShmStore
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
 
@@ -68,7 +68,7 @@ def test_wire_format_is_exactly_this() -> None:
         '{"name":"h","dtype":"bfloat16","shape":[5,64],"offset":128,"nbytes":640,'
         '"encoding":"none","checksum":7}]}'
     )
-    assert good_ref().to_json() == text
+    assert ref_to_json(good_ref()) == text
     assert ref_from_json(text) == good_ref()
 
 
@@ -139,7 +139,7 @@ def test_text_that_is_no_ref(text: str, message: str) -> None:
 
 
 def test_lists_must_be_lists() -> None:
-    data = json.loads(good_ref().to_json())
+    data = json.loads(ref_to_json(good_ref()))
     with pytest.raises(ValueError, match=r"ref.tensors: wanted a list, got 'x'"):
         ref_from_json(json.dumps({**data, "tensors": "x"}))
     with pytest.raises(ValueError, match=r"ref.tensors\[0\]: wanted an object, got 1"):
@@ -202,7 +202,7 @@ def test_fuzz_only_typed_errors() -> None:
     writer = ShmStore.writer(ShmConfig(capacity_bytes=1 << 16, max_slots=4))
     reader = ShmStore.reader(writer.address())
     good = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    text = good.to_json()
+    text = ref_to_json(good)
     num_parsed = num_refused = 0
     for _ in range(10_000):
         mutant = text

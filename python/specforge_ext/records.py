@@ -140,7 +140,7 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class SampleRef:
-    """A sample that lies in a store; never a tensor. Small enough for a line of JSON.
+    """A sample that lies in a store; never a tensor. Small enough for a line of text.
 
     store: kind and identity of the store ("shm:<epoch>"); a ref of another epoch is stale.
     slot, generation: locator; a reader whose generation is not the slot's gets StaleRef.
@@ -155,9 +155,6 @@ class SampleRef:
     num_tokens: int
     nbytes: int
     tensors: tuple[TensorRef, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
 from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost, StoreError, StoreWriter
+from specforge_ext.store.ref import ref_to_json
 
 log = logging.getLogger("specforge_ext.producer")
 
@@ -202,7 +203,7 @@ class Producer:
             for ref in refs:  # nobody will hear of them
                 self._writer.abort(ref)
             raise
-        texts = [ref.to_json() for ref in refs]
+        texts = [ref_to_json(ref) for ref in refs]
         return {"op": "refs", "step": request.step, "refs": texts, "skipped": skipped}
 
     def _put(self, sample: Sample) -> SampleRef:

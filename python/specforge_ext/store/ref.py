@@ -1,5 +1,21 @@
 """Refs as they come over a wire: everything is checked before anything is read or allocated.
 
+Two wire forms of version 1, JSON for what people read and bytes for what they need not. Each spells
+a ref in exactly one way and ends with its own crc32c, so that every flipped bit is refused: also
+one in a text or a checksum, which would leave a ref that could be true.
+
+Bytes, little endian; a text is its length in UTF-8 bytes as u16, then these:
+
+    "SFxR"  version u16  num_tensors u16  slot u32  num_tokens u32  generation u64  nbytes u64
+    sample_id text  store text  layout_hash text
+    num_tensors times:
+        name text  dtype text  encoding text  rank u8  rank sizes u32
+        offset u64  nbytes u64  has_checksum u8  checksum u32, 0 if there is none
+    crc32c u32 of all before
+
+JSON: {"version":1, the fields of SampleRef in their order, "crc32c":...} in ASCII without spaces;
+the crc32c is of the text up to the comma before it.
+
 Limits are on counts and names only; sizes are bounded by the store that holds the sample. Python's
 integers do not overflow, and every one that passes here fits into 63 bits.
 """
@@ -9,16 +25,22 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
+import struct
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
+from specforge_ext import _C
 from specforge_ext.records import DTYPES, SampleRef, TensorRef
 
 ALIGN_BYTES = 64
 """Tensors begin at multiples of this within the sample's extent: a cache line, any vector load."""
 
-MAX_JSON_CHARS = 64 << 10
+REF_VERSION = 1
+REF_MAGIC = b"SFxR"
+MAX_WIRE_BYTES = 96 << 10
+"""More than any ref within the limits below has in either form."""
 MAX_TENSORS = 256
 MAX_GENERATION = (1 << 40) - 1
 _MAX_SIZE = (1 << 63) - 1
@@ -26,25 +48,138 @@ _PROMPT_DTYPES = {"input_ids": "int32", "loss_mask": "uint8"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,127}")
 _TENSOR_KEYS = {field.name for field in fields(TensorRef)}
 _SAMPLE_KEYS = {field.name for field in fields(SampleRef)}
+_START = struct.Struct("<4sH")
+_HEAD = struct.Struct("<4sHHIIQQ")
+_TENSOR_TAIL = struct.Struct("<QQBI")
+_CRC = struct.Struct("<I")
+
+
+def ref_to_json(ref: SampleRef) -> str:
+    """One line of ASCII. ValueError for a ref that `ref_from_json` would refuse."""
+    check_ref(ref)
+    body = json.dumps({"version": REF_VERSION, **asdict(ref)}, separators=(",", ":"))[:-1]
+    return f'{body},"crc32c":{_C.crc32c(body.encode())}}}'
 
 
 def ref_from_json(text: str) -> SampleRef:
-    """The inverse of `SampleRef.to_json`. ValueError names the key, what was wanted, what came."""
-    if len(text) > MAX_JSON_CHARS:
-        raise ValueError(f"ref: wanted at most {MAX_JSON_CHARS} characters, got {len(text)}")
+    """The inverse of `ref_to_json`. ValueError names the key, what was wanted, what came."""
+    if len(text) > MAX_WIRE_BYTES:
+        raise ValueError(f"ref: wanted at most {MAX_WIRE_BYTES} characters, got {len(text)}")
     try:
         data = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("ref: not valid JSON: nested too deeply") from None
     except ValueError as error:  # also integers beyond what Python converts
         raise ValueError(f"ref: not valid JSON: {error}") from None
-    _expect_keys("ref", data, _SAMPLE_KEYS)
+    _expect_version(data)
+    _expect_keys("ref", data, _SAMPLE_KEYS | {"version", "crc32c"})
     if not isinstance(data["tensors"], list):
         raise _bad("ref.tensors", "a list", data["tensors"])
     tensors = tuple(_tensor_ref(f"ref.tensors[{i}]", t) for i, t in enumerate(data["tensors"]))
-    ref = SampleRef(**{**data, "tensors": tensors})
+    came = data["crc32c"]
+    ref = SampleRef(**{**{key: data[key] for key in _SAMPLE_KEYS}, "tensors": tensors})
+    wanted = ref_to_json(ref)
+    if text != wanted:
+        _expect_crc(came, _C.crc32c(text[: text.rfind(",")].encode(errors="replace")))
+        raise ValueError("ref: wanted JSON as ref_to_json spells it, got another spelling")
+    return ref
+
+
+def ref_to_bytes(ref: SampleRef) -> bytes:
+    """The binary form. ValueError for a ref that `ref_from_bytes` would refuse."""
+    check_ref(ref)
+    counts = (len(ref.tensors), ref.slot, ref.num_tokens, ref.generation, ref.nbytes)
+    parts = [_HEAD.pack(REF_MAGIC, REF_VERSION, *counts)]
+    parts += [_text_bytes(text) for text in (ref.sample_id, ref.store, ref.layout_hash)]
+    for tensor in ref.tensors:
+        rank = len(tensor.shape)
+        parts += [_text_bytes(text) for text in (tensor.name, tensor.dtype, tensor.encoding)]
+        parts.append(struct.pack(f"<B{rank}I", rank, *tensor.shape))
+        checksum = (tensor.checksum is not None, tensor.checksum or 0)
+        parts.append(_TENSOR_TAIL.pack(tensor.offset, tensor.nbytes, *checksum))
+    body = b"".join(parts)
+    return body + _CRC.pack(_C.crc32c(body))
+
+
+def ref_from_bytes(data: bytes) -> SampleRef:
+    """The inverse of `ref_to_bytes`. ValueError names the key, what was wanted, what came."""
+    if not _HEAD.size + _CRC.size <= len(data) <= MAX_WIRE_BYTES:
+        limits = f"{_HEAD.size + _CRC.size} to {MAX_WIRE_BYTES} bytes"
+        raise ValueError(f"ref: wanted {limits}, got {len(data)}")
+    magic, version = _START.unpack_from(data)
+    if magic != REF_MAGIC:
+        raise _bad("ref.magic", repr(REF_MAGIC), magic)
+    _expect_version({"version": version})
+    body = data[: -_CRC.size]
+    _expect_crc(*_CRC.unpack_from(data, len(body)), _C.crc32c(body))
+    return _ref_from_body(_Cursor(body))
+
+
+def _ref_from_body(cursor: _Cursor) -> SampleRef:
+    _, _, num_tensors, slot, num_tokens, generation, nbytes = cursor.take("ref", _HEAD)
+    _expect_int("ref.num_tensors", num_tensors, 0, MAX_TENSORS)
+    sample_id = cursor.take_text("ref.sample_id")
+    store = cursor.take_text("ref.store")
+    layout_hash = cursor.take_text("ref.layout_hash")
+    tensors = tuple(_take_tensor(f"ref.tensors[{i}]", cursor) for i in range(num_tensors))
+    if cursor.num_left:
+        raise ValueError(f"ref: wanted no bytes after the last tensor, got {cursor.num_left}")
+    ref = SampleRef(
+        *(sample_id, store, slot, generation, layout_hash, num_tokens, nbytes), tensors=tensors
+    )
     check_ref(ref)
     return ref
+
+
+def _take_tensor(key: str, cursor: _Cursor) -> TensorRef:
+    name = cursor.take_text(f"{key}.name")
+    dtype = cursor.take_text(f"{key}.dtype")
+    encoding = cursor.take_text(f"{key}.encoding")
+    [rank] = cursor.take(f"{key}.rank", struct.Struct("<B"))
+    _expect_int(f"{key}.rank", rank, 0, 2)
+    shape = cursor.take(f"{key}.shape", struct.Struct(f"<{rank}I"))
+    offset, nbytes, has_checksum, checksum = cursor.take(key, _TENSOR_TAIL)
+    _expect_int(f"{key}.has_checksum", has_checksum, 0, 1)
+    if not has_checksum and checksum:
+        raise _bad(f"{key}.checksum", "0, for it has none", checksum)
+    return TensorRef(
+        *(name, dtype, shape, offset, nbytes, encoding),
+        checksum=checksum if has_checksum else None,
+    )
+
+
+class _Cursor:
+    """Reads fields one after the other; never beyond the end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    @property
+    def num_left(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, key: str, fields: struct.Struct) -> tuple[Any, ...]:
+        return fields.unpack(self._take_bytes(key, fields.size))
+
+    def take_text(self, key: str) -> str:
+        [nbytes] = self.take(key, struct.Struct("<H"))
+        data = self._take_bytes(key, nbytes)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise _bad(key, "UTF-8", data) from None
+
+    def _take_bytes(self, key: str, nbytes: int) -> bytes:
+        if nbytes > self.num_left:
+            raise ValueError(f"{key}: wanted {nbytes} bytes, got {self.num_left} before the end")
+        self._at += nbytes
+        return self._data[self._at - nbytes : self._at]
+
+
+def _text_bytes(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<H", len(data)) + data
 
 
 def check_ref(ref: SampleRef) -> None:
@@ -135,6 +270,20 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def _expect_version(data: Any) -> None:
+    """Before all else: another version may have other fields."""
+    if not isinstance(data, dict):
+        raise _bad("ref", "an object", data)
+    version = data.get("version")
+    if type(version) is not int or version != REF_VERSION:
+        raise _bad("ref.version", f"{REF_VERSION}, the one this release reads", version)
+
+
+def _expect_crc(wanted: object, came: int) -> None:
+    if type(wanted) is not int or wanted != came:
+        raise _bad("ref.crc32c", f"{came}, that of what came", wanted)
+
+
 def _expect_keys(key: str, data: Any, wanted: set[str]) -> None:
     if not isinstance(data, dict):
         raise _bad(key, "an object", data)
@@ -157,8 +306,14 @@ def _bad(key: str, wanted: str, got: object) -> ValueError:
 
 
 def _short(value: object) -> str:
-    """What came may be huge or hostile: ASCII, and not much of it."""
+    """What came may be huge, deep or hostile: ASCII, and not much of it."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    text = ascii(value)
+    text = _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3  # repr() of a list that JSON just accepted can exceed the recursion limit
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 16
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120

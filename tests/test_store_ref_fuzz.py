@@ -1,0 +1,133 @@
+"""Mutants against both parsers of refs: an equal ref or a ValueError that names what is wrong.
+
+SPECFORGE_EXT_FUZZ_INPUTS=1000000 for a long run, SPECFORGE_EXT_FUZZ_SEED for other mutants.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ref_mutants import mutant_bytes, mutant_json, random_ref, sealed_bytes
+from specforge_ext.store.base import StoreError
+from specforge_ext.store.ref import (
+    ref_from_bytes,
+    ref_from_json,
+    ref_to_bytes,
+    ref_to_json,
+)
+from specforge_ext.store.shm import ShmConfig, ShmStore
+from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
+
+NUM_INPUTS = int(os.environ.get("SPECFORGE_EXT_FUZZ_INPUTS", "20000"))
+"""Half of them JSON, half of them bytes."""
+SEED = int(os.environ.get("SPECFORGE_EXT_FUZZ_SEED", "20261121"))
+MAX_PEAK_BYTES = 64 << 20
+MAX_CPU_S = 1.0
+
+Forms = dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]]
+FORMS: Forms = {
+    "json": (mutant_json, ref_from_json, ref_to_json),
+    "bytes": (mutant_bytes, ref_from_bytes, ref_to_bytes),
+}
+
+
+def parse(form: str, mutant: Any) -> str:
+    """What became of it: "equal", or the error's text up to what was wanted."""
+    _, read, write = FORMS[form]
+    try:
+        ref = read(mutant)
+    except ValueError as error:
+        assert type(error) is ValueError, repr(error)
+        text = str(error)
+        assert text.startswith("ref"), text
+        assert text.isascii(), text
+        assert len(text) < 700, text
+        return text.split(" wanted ")[0]
+    assert write(ref) == mutant, "another spelling was taken for a ref"
+    assert ref_from_json(ref_to_json(ref)) == ref_from_bytes(ref_to_bytes(ref)) == ref
+    return "equal"
+
+
+@pytest.mark.timeout(60 + NUM_INPUTS // 200)
+@pytest.mark.parametrize("form", FORMS)
+def test_only_typed_errors_within_bounds(form: str) -> None:
+    rng = random.Random(SEED)
+    seeds = [random_ref(rng) for _ in range(16)]
+    results: Counter[str] = Counter()
+    most_bytes, most_cpu_s = 0, 0.0
+    start = time.monotonic()
+    tracemalloc.start()
+    try:
+        for number in range(NUM_INPUTS // 2):
+            rng.seed(SEED + number)
+            mutant = FORMS[form][0](rng, seeds)
+            tracemalloc.reset_peak()
+            held, cpu_s = tracemalloc.get_traced_memory()[0], time.thread_time()
+            try:
+                results[parse(form, mutant)] += 1
+            except BaseException:
+                print(f"{form}, SPECFORGE_EXT_FUZZ_SEED={SEED + number}: {mutant!r}")
+                raise
+            cpu_s = time.thread_time() - cpu_s
+            peak_bytes = tracemalloc.get_traced_memory()[1] - held
+            assert peak_bytes <= MAX_PEAK_BYTES, (number, peak_bytes)
+            assert cpu_s <= MAX_CPU_S, (number, cpu_s)
+            most_bytes, most_cpu_s = max(most_bytes, peak_bytes), max(most_cpu_s, cpu_s)
+    finally:
+        tracemalloc.stop()
+    print(
+        f"{form}: {NUM_INPUTS // 2} inputs of seed {SEED} in {time.monotonic() - start:.1f} s, "
+        f"{results['equal']} equal, {len(results)} kinds of result, at most "
+        f"{most_bytes} bytes and {most_cpu_s * 1e3:.1f} ms of CPU each"
+    )
+    assert results["equal"] > NUM_INPUTS // 1000  # the mutants are not all far from a ref
+    assert len(results) > 30  # and reach the checks of every field
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip_of_random_refs(form: str) -> None:
+    rng = random.Random(SEED)
+    _, read, write = FORMS[form]
+    for _ in range(1000):
+        ref = random_ref(rng)
+        assert read(write(ref)) == ref
+
+
+def test_an_open_store_stands_any_ref() -> None:
+    """Refused with a type, or the sample unharmed."""
+    rng = random.Random(SEED)
+    sample = make_sample(1)
+    writer = ShmStore.writer(ShmConfig(capacity_bytes=1 << 16, max_slots=4))
+    reader = ShmStore.reader(writer.address())
+    good = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    num_opened = num_parsed = 0
+    for _ in range(5000):
+        try:
+            if rng.random() < 0.5:
+                ref = ref_from_json(mutant_json(rng, [good]))
+            else:
+                ref = ref_from_bytes(mutant_bytes(rng, [good]))
+            num_parsed += 1
+            with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+                lease.sample.prompt.input_ids.sum()
+            num_opened += 1
+        except (ValueError, StoreError):
+            continue
+    assert num_parsed > num_opened > 100
+    assert writer.health().slots_ready == 1
+    with reader.open(good, layout_hash=LAYOUT_HASH, verify=True) as lease:
+        assert same_sample(lease.sample, sample)
+
+
+def test_no_bytes_at_all_and_all_of_one() -> None:
+    for data in (b"", b"\x00" * 64, b"\xff" * 64, sealed_bytes(b"SFxR\x01\x00" + b"\xff" * 26)):
+        with pytest.raises(ValueError, match=r"^ref"):
+            ref_from_bytes(data)
