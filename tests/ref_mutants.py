@@ -10,7 +10,7 @@ from typing import Any
 
 from specforge_ext import _C
 from specforge_ext.records import DTYPES, SampleRef, TensorRef
-from specforge_ext.store.ref import MAX_GENERATION, plan_tensors, ref_to_bytes, ref_to_json
+from specforge_ext.store.ref import MAX_GENERATION, plan_tensors
 
 EXTREMES = [0, 1, 63, 64, 127, 128, 255, 256, 257, 1 << 31, 1 << 32, 1 << 40, 1 << 63, 1 << 64]
 HOSTILE: list[Any] = [
@@ -84,9 +84,9 @@ def sealed_json(body: str) -> str:
     return f'{body},"crc32c":{_C.crc32c(body.encode(errors="replace"))}}}'
 
 
-def mutant_bytes(rng: random.Random, seeds: list[SampleRef]) -> bytes:
-    data = ref_to_bytes(rng.choice(seeds))[:-4]
-    other = ref_to_bytes(rng.choice(seeds))
+def mutant_bytes(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """seeds: binary forms of refs."""
+    data, other = rng.choice(seeds)[:-4], rng.choice(seeds)
     for _ in range(rng.choice([0, 1, 1, 1, 2, 4])):
         data = rng.choice(BYTES_CHANGES)(data, other, rng)
     return sealed_bytes(data) if rng.random() < 0.9 else data + rng.randbytes(4)
@@ -130,8 +130,9 @@ BYTES_CHANGES: list[Callable[[bytes, bytes, random.Random], bytes]] = [
 ]
 
 
-def mutant_json(rng: random.Random, seeds: list[SampleRef]) -> str:
-    text = ref_to_json(rng.choice(seeds))
+def mutant_json(rng: random.Random, seeds: list[str]) -> str:
+    """seeds: JSON forms of refs."""
+    text = rng.choice(seeds)
     if rng.random() < 0.6:
         data = json.loads(text)
         del data["crc32c"]
@@ -139,7 +140,7 @@ def mutant_json(rng: random.Random, seeds: list[SampleRef]) -> str:
             mutate_tree(data, rng)
         separators = (",", ":") if rng.random() < 0.9 else (", ", ": ")
         return sealed_json(json.dumps(data, separators=separators)[:-1])
-    other = ref_to_json(rng.choice(seeds))
+    other = rng.choice(seeds)
     body = text[: text.rfind(",")]
     for _ in range(rng.choice([1, 1, 2, 4])):
         body = rng.choice(TEXT_CHANGES)(body, other, rng)
