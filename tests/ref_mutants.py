@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -167,7 +168,7 @@ def mutate_tree(data: Any, rng: random.Random) -> None:
         elif action < 0.5 and type(data[key]) is int:
             data[key] += rng.choice([-64, -1, 1, 64, 1 << 32, 1 << 63])
         else:
-            data[key] = rng.choice(HOSTILE)
+            data[key] = copy.deepcopy(rng.choice(HOSTILE))
         return
 
 

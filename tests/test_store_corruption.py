@@ -47,10 +47,10 @@ def test_every_bit_of_payload_and_ref(opened: Opened) -> None:
     for at in range(8 * len(data)):
         wrong = bytearray(data)
         wrong[at // 8] ^= 1 << at % 8
-        with pytest.raises(ValueError, match="^ref"):
+        with pytest.raises(ValueError, match=r"^ref"):
             ref_from_bytes(bytes(wrong))
     for at in range(8 * len(text)):
         letters = bytearray(text.encode())
         letters[at // 8] ^= 1 << at % 8
-        with pytest.raises(ValueError, match="^ref"):
+        with pytest.raises(ValueError, match=r"^ref"):
             ref_from_json(letters.decode("latin-1"))
