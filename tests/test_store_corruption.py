@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ref_mutants import sealed_bytes, sealed_json
+from specforge_ext.records import Sample, SampleRef
 from specforge_ext.store import STORES
-from specforge_ext.store.base import CorruptFeature
+from specforge_ext.store.base import CorruptFeature, LayoutMismatch, StaleRef
 from specforge_ext.store.ref import ref_from_bytes, ref_from_json, ref_to_bytes, ref_to_json
-from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
+from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_bytes, same_sample
 from store_kinds import Opened, flip
+
+SEED = int(os.environ.get("SPECFORGE_EXT_FUZZ_SEED", "20261121"))
+NUM_FLIPS = 300
 
 
 @pytest.fixture(params=["shm", "shared_dir"])
@@ -54,3 +62,92 @@ def test_every_bit_of_payload_and_ref(opened: Opened) -> None:
         letters[at // 8] ^= 1 << at % 8
         with pytest.raises(ValueError, match=r"^ref"):
             ref_from_json(letters.decode("latin-1"))
+
+
+def test_random_bits_of_a_large_sample(opened: Opened) -> None:
+    """3 MB: one bit at a time, then up to eight anywhere in one tensor, which crc32c need not tell
+    from none by design, but does here."""
+    rng = random.Random(SEED)
+    writer = opened.writer(1 << 23)
+    reader = opened.reader(writer)
+    sample = make_sample(2, 301, 401)
+    ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    assert ref.nbytes > 2_500_000
+    tensors = [t for t in ref.tensors if t.nbytes]
+    sizes = [t.nbytes for t in tensors]
+    for number in range(NUM_FLIPS):
+        [tensor] = rng.choices(tensors, sizes)
+        num_bits = 1 if number % 3 else rng.randrange(1, 9)
+        places = rng.sample(range(8 * tensor.nbytes), num_bits)
+        for place in places:
+            flip(writer, ref, tensor.offset + place // 8, place % 8)
+        with pytest.raises(CorruptFeature, match=f"{tensor.name}: wanted crc32c"):
+            reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
+        for place in places:
+            flip(writer, ref, tensor.offset + place // 8, place % 8)
+    with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+        assert same_sample(lease.sample, sample)
+    print(f"{opened.kind}: {NUM_FLIPS} flips of seed {SEED} in {ref.nbytes} bytes, all refused")
+
+
+Parse = Callable[[bytes], SampleRef]
+
+
+def forms_of(ref: SampleRef) -> dict[str, tuple[bytes, Parse]]:
+    """What a checksum covers in either form of a ref, and how to read it with one that is right."""
+    text = ref_to_json(ref)
+    return {
+        "bytes": (ref_to_bytes(ref)[:-4], lambda body: ref_from_bytes(sealed_bytes(body))),
+        "json": (
+            text[: text.rfind(",")].encode(),
+            lambda body: ref_from_json(sealed_json(body.decode("latin-1"))),
+        ),
+    }
+
+
+def test_flipped_refs_with_a_right_checksum(opened: Opened) -> None:
+    """Every bit, one at a time, and up to four: refused with a type, or a ref to the same bytes.
+
+    The latter are refs that call the sample, or a feature, by another name.
+    """
+    rng = random.Random(SEED)
+    writer = opened.writer(1 << 16)
+    reader = opened.reader(writer)
+    sample = make_sample(1, 2, 5)
+    ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    results: Counter[str] = Counter()
+    for form, (body, parse) in forms_of(ref).items():
+        singles = [[place] for place in range(8 * len(body))]
+        several = [rng.sample(range(8 * len(body)), rng.randrange(2, 5)) for _ in range(500)]
+        for places in singles + several:
+            wrong = bytearray(body)
+            for place in places:
+                wrong[place // 8] ^= 1 << place % 8
+            results[form, opens_as(reader, parse, bytes(wrong), ref, sample)] += 1
+    print(f"{opened.kind}, seed {SEED}: {dict(results)}")
+    for form in ("bytes", "json"):
+        assert {name for at, name in results if at == form} == {
+            *("refused", "CorruptFeature", "LayoutMismatch", "StaleRef", "same bytes")
+        }
+    assert writer.health().num_samples == 1
+
+
+def opens_as(reader: Any, parse: Parse, body: bytes, good: SampleRef, sample: Sample) -> str:
+    try:
+        ref = parse(body)
+    except ValueError as error:
+        assert str(error).startswith("ref"), error
+        return "refused"
+    try:
+        lease = reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
+    except (CorruptFeature, LayoutMismatch, StaleRef) as error:
+        return type(error).__name__
+    except ValueError as error:  # the shm store knows how many slots it has
+        assert str(error).startswith("arena: slot must be below 1024, got"), error
+        return "refused"
+    with lease:
+        assert [t.nbytes for t in ref.tensors] == [t.nbytes for t in good.tensors]
+        came, wanted = lease.sample.features.values(), sample.features.values()
+        assert lease.sample.prompt.input_ids.equal(sample.prompt.input_ids)
+        assert all(same_bytes(a, b) for a, b in zip(came, wanted, strict=True))
+    return "same bytes"

@@ -111,7 +111,8 @@ def ref_from_bytes(data: bytes) -> SampleRef:
         raise _bad("ref.magic", repr(REF_MAGIC), magic)
     _expect_version({"version": version})
     body = data[: -_CRC.size]
-    _expect_crc(*_CRC.unpack_from(data, len(body)), _C.crc32c(body))
+    [crc] = _CRC.unpack_from(data, len(body))
+    _expect_crc(crc, _C.crc32c(body))
     return _ref_from_body(_Cursor(body))
 
 
