@@ -7,10 +7,11 @@ import json
 import random
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from specforge_ext import _C
-from specforge_ext.records import DTYPES, SampleRef, TensorRef
+from specforge_ext.records import DTYPES, FP8_DTYPES, SampleRef, TensorRef
 from specforge_ext.store.ref import MAX_GENERATION, plan_tensors
 
 EXTREMES = [0, 1, 63, 64, 127, 128, 255, 256, 257, 1 << 31, 1 << 32, 1 << 40, 1 << 63, 1 << 64]
@@ -26,6 +27,7 @@ HOSTILE: list[Any] = [
     "",
     "x",
     "int32",
+    "fp8_e4m3_row",
     "\x00",
     "\ud800",
     "x" * 600,
@@ -51,7 +53,12 @@ def random_ref(rng: random.Random) -> SampleRef:
             (f"f{i}." + "n" * rng.randrange(120), rng.choice(list(DTYPES)), (tokens, width))
         )
     rng.shuffle(shapes)
-    tensors = tuple(with_checksum(t, rng) for t in plan_tensors(shapes))
+    num_scales = {
+        name: rng.choice([n for n in (1, 3, shape[1]) if shape[1] % n == 0])
+        for name, dtype, shape in shapes
+        if dtype in FP8_DTYPES and shape[-1] and rng.random() < 0.5
+    }
+    tensors = tuple(with_checksum(t, rng) for t in plan_tensors(shapes, num_scales=num_scales))
     return SampleRef(
         sample_id=random_text(rng, 512),
         store=random_text(rng, 128),
@@ -59,15 +66,14 @@ def random_ref(rng: random.Random) -> SampleRef:
         generation=rng.choice([1, MAX_GENERATION, rng.randrange(1, MAX_GENERATION)]),
         layout_hash=random_text(rng, 64),
         num_tokens=tokens,
-        nbytes=max(t.offset + t.nbytes for t in tensors) + rng.choice([0, 0, 1, 64, 1 << 40]),
+        nbytes=max(t.end for t in tensors) + rng.choice([0, 0, 1, 64, 1 << 40]),
         tensors=tensors,
     )
 
 
 def with_checksum(tensor: TensorRef, rng: random.Random) -> TensorRef:
     checksum = rng.choice([None, 0, (1 << 32) - 1, rng.getrandbits(32)])
-    fields = (tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
-    return TensorRef(*fields, checksum=checksum)
+    return replace(tensor, checksum=checksum)
 
 
 def random_text(rng: random.Random, max_chars: int) -> str:

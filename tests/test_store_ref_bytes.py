@@ -9,7 +9,7 @@ import pytest
 
 from ref_mutants import sealed_bytes
 from specforge_ext.records import SampleRef
-from specforge_ext.store.ref import ref_from_bytes, ref_to_bytes
+from specforge_ext.store.ref import plan_tensors, ref_from_bytes, ref_to_bytes
 from test_store_ref import good_ref
 
 FIELDS: list[tuple[str, str]] = [
@@ -20,7 +20,16 @@ FIELDS: list[tuple[str, str]] = [
 TENSOR_FIELDS: list[tuple[str, str]] = [
     *(("name", "text"), ("dtype", "text"), ("encoding", "text"), ("rank", "B"), ("shape", "sizes")),
     *(("offset", "Q"), ("nbytes", "Q"), ("has_checksum", "B"), ("checksum", "I")),
+    *(("num_scales", "I"), ("scales_offset", "Q")),
 ]
+
+
+def encoded_ref() -> SampleRef:
+    """With one more feature, [5, 16] in two layers."""
+    shapes = [(t.name, t.dtype, t.shape) for t in good_ref().tensors]
+    tensors = plan_tensors([*shapes, ("e", "float32", (5, 16))], num_scales={"e": 2})
+    assert (tensors[3].offset, tensors[3].scales_offset, tensors[3].end) == (768, 896, 936)
+    return replace(good_ref(), tensors=tensors, nbytes=936)
 
 
 def values_of(ref: SampleRef) -> dict[str, tuple[str, object]]:
@@ -64,7 +73,11 @@ def spelled(fields: dict[str, tuple[str, object]]) -> bytes:
 def test_exactly_these_bytes() -> None:
     ref = good_ref()
     unchecked = replace(ref.tensors[1], checksum=None)
-    for known in (ref, replace(ref, tensors=(ref.tensors[0], unchecked, ref.tensors[2]))):
+    for known in (
+        ref,
+        encoded_ref(),
+        replace(ref, tensors=(ref.tensors[0], unchecked, ref.tensors[2])),
+    ):
         data = spelled(values_of(known))
         assert ref_to_bytes(known) == data
         assert ref_from_bytes(data) == known
@@ -117,11 +130,18 @@ def test_exactly_these_bytes() -> None:
         ("tensors[2].nbytes", "Q", 1 << 63, r"ref.tensors\[2\].nbytes: wanted an integer in"),
         ("tensors[2].has_checksum", "B", 2, r"ref.tensors\[2\].has_checksum: wanted an integer in"),
         ("tensors[2].has_checksum", "B", 0, r"\[2\].checksum: wanted 0, for it has none, got 7"),
+        ("tensors[2].num_scales", "I", 1, r"ref.tensors\[2\].num_scales: wanted .* 0..0, got 1"),
+        ("tensors[2].scales_offset", "Q", 64, r"\[2\].scales_offset: wanted .* 0..0, got 64"),
+        ("tensors[3].num_scales", "I", 5, r"ref.tensors\[3\].num_scales: wanted a divisor"),
+        ("tensors[3].num_scales", "I", 17, r"\[3\].num_scales: wanted an integer in 1..16, got 17"),
+        ("tensors[3].scales_offset", "Q", 960, r"ref e.scales: wanted an end within nbytes"),
+        ("tensors[3].scales_offset", "Q", 1 << 63, r"\[3\].scales_offset: wanted an integer in"),
+        ("tensors[3].encoding", "text", "int4_row", r"wanted one of none, fp8_e4m3_row, got 'int4"),
         ("tensors[2].checksum", "raw", b"\x07", r"ref.tensors\[2\]: wanted \d+ bytes, got \d+"),
     ],
 )
 def test_each_field_is_refused_by_name(field: str, form: str, value: object, message: str) -> None:
-    fields = values_of(good_ref())
+    fields = values_of(encoded_ref() if field.startswith("tensors[3]") else good_ref())
     assert field in fields
     fields[field] = form, value
     with pytest.raises(ValueError, match=message):
@@ -131,8 +151,8 @@ def test_each_field_is_refused_by_name(field: str, form: str, value: object, mes
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", r"ref: wanted 36 to 98304 bytes, got 0"),
-        (bytes(98305), r"ref: wanted 36 to 98304 bytes, got 98305"),
+        (b"", r"ref: wanted 36 to 131072 bytes, got 0"),
+        (bytes(131073), r"ref: wanted 36 to 131072 bytes, got 131073"),
         (ref_to_bytes(good_ref())[:-1], r"ref.crc32c: wanted \d+, that of what came, got \d+"),
         (ref_to_bytes(good_ref()) + b"\0", r"ref.crc32c: wanted \d+, that of what came, got \d+"),
         (

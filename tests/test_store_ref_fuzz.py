@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ref_mutants import mutant_bytes, mutant_json, random_ref, sealed_bytes
-from specforge_ext.store.base import StoreError
+from specforge_ext.store.base import StoreError, UnknownEncoding
 from specforge_ext.store.ref import (
     ref_from_bytes,
     ref_from_json,
@@ -47,7 +47,7 @@ def parse(form: str, mutant: Any) -> str:
     try:
         ref = read(mutant)
     except ValueError as error:
-        assert type(error) is ValueError, repr(error)
+        assert type(error) in (ValueError, UnknownEncoding), repr(error)
         text = str(error)
         assert text.startswith("ref"), text
         assert text.isascii(), text

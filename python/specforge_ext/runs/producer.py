@@ -32,7 +32,7 @@ import torch
 
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.methods import METHODS
-from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
+from specforge_ext.records import Encoding, FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.runs import data as run_data
 from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
@@ -78,7 +78,8 @@ class Producer:
         self._layout: FeatureLayout = method.layout(self._engine.spec)
         store_kind, store_config = recipe.store
         self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
-        log.info("store: %s", self._writer.capabilities().describe())
+        self._encoding: Encoding = store_config.encoding
+        log.info("store: %s, encoding %s", self._writer.capabilities().describe(), self._encoding)
 
     def serve(self) -> None:
         while not self._done:
@@ -111,6 +112,7 @@ class Producer:
                 "store": self._writer.address(),
                 "capacity_bytes": self._writer.capacity_bytes,
                 "layout_hash": self._layout.hash,
+                "encoding": self._encoding,
             },
         )
 
@@ -209,7 +211,10 @@ class Producer:
     def _put(self, sample: Sample) -> SampleRef:
         on_host = Sample(sample.prompt, {k: v.cpu() for k, v in sample.features.items()})
         return self._writer.put(
-            on_host, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
+            on_host,
+            layout_hash=self._layout.hash,
+            timeout_s=self._recipe.stream.timeout_s,
+            layers=self._layout.layers,
         )
 
     def _samples(self, request: Request) -> Iterator[Sample]:

@@ -11,6 +11,7 @@ Bytes, little endian; a text is its length in UTF-8 bytes as u16, then these:
     num_tensors times:
         name text  dtype text  encoding text  rank u8  rank sizes u32
         offset u64  nbytes u64  has_checksum u8  checksum u32, 0 if there is none
+        num_scales u32  scales_offset u64, both 0 with encoding none
     crc32c u32 of all before
 
 JSON: {"version":1, the fields of SampleRef in their order, "crc32c":...} in ASCII without spaces;
@@ -27,30 +28,33 @@ import math
 import re
 import reprlib
 import struct
-from collections.abc import Iterable
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from specforge_ext import _C
-from specforge_ext.records import DTYPES, SampleRef, TensorRef
+from specforge_ext.records import DTYPES, ENCODINGS, FP8_DTYPES, SampleRef, TensorRef
+from specforge_ext.store.base import UnknownEncoding
 
 ALIGN_BYTES = 64
 """Tensors begin at multiples of this within the sample's extent: a cache line, any vector load."""
 
 REF_VERSION = 1
 REF_MAGIC = b"SFxR"
-MAX_WIRE_BYTES = 96 << 10
+MAX_WIRE_BYTES = 128 << 10
 """More than any ref within the limits below has in either form."""
 MAX_TENSORS = 256
 MAX_GENERATION = (1 << 40) - 1
 _MAX_SIZE = (1 << 63) - 1
 _PROMPT_DTYPES = {"input_ids": "int32", "loss_mask": "uint8"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,127}")
+_ENCODING_NAME = re.compile(r"[a-z0-9_]{1,32}")
 _TENSOR_KEYS = {field.name for field in fields(TensorRef)}
 _SAMPLE_KEYS = {field.name for field in fields(SampleRef)}
 _START = struct.Struct("<4sH")
 _HEAD = struct.Struct("<4sHHIIQQ")
-_TENSOR_TAIL = struct.Struct("<QQBI")
+_TENSOR_TAIL = struct.Struct("<QQBIIQ")
 _CRC = struct.Struct("<I")
 
 
@@ -96,7 +100,8 @@ def ref_to_bytes(ref: SampleRef) -> bytes:
         parts += [_text_bytes(text) for text in (tensor.name, tensor.dtype, tensor.encoding)]
         parts.append(struct.pack(f"<B{rank}I", rank, *tensor.shape))
         checksum = (tensor.checksum is not None, tensor.checksum or 0)
-        parts.append(_TENSOR_TAIL.pack(tensor.offset, tensor.nbytes, *checksum))
+        scales = (tensor.num_scales, tensor.scales_offset)
+        parts.append(_TENSOR_TAIL.pack(tensor.offset, tensor.nbytes, *checksum, *scales))
     body = b"".join(parts)
     return body + _CRC.pack(_C.crc32c(body))
 
@@ -139,14 +144,12 @@ def _take_tensor(key: str, cursor: _Cursor) -> TensorRef:
     [rank] = cursor.take(f"{key}.rank", struct.Struct("<B"))
     _expect_int(f"{key}.rank", rank, 0, 2)
     shape = cursor.take(f"{key}.shape", struct.Struct(f"<{rank}I"))
-    offset, nbytes, has_checksum, checksum = cursor.take(key, _TENSOR_TAIL)
+    offset, nbytes, has_checksum, checksum, *scales = cursor.take(key, _TENSOR_TAIL)
     _expect_int(f"{key}.has_checksum", has_checksum, 0, 1)
     if not has_checksum and checksum:
         raise _bad(f"{key}.checksum", "0, for it has none", checksum)
-    return TensorRef(
-        *(name, dtype, shape, offset, nbytes, encoding),
-        checksum=checksum if has_checksum else None,
-    )
+    head = (name, dtype, shape, offset, nbytes, encoding)
+    return TensorRef(*head, checksum if has_checksum else None, *scales)
 
 
 class _Cursor:
@@ -202,16 +205,35 @@ def check_ref(ref: SampleRef) -> None:
     _check_extents(ref)
 
 
-def plan_tensors(shapes: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorRef, ...]:
-    """Lay (name, dtype, shape) end to end, each at a multiple of ALIGN_BYTES."""
+def plan_tensors(
+    shapes: Iterable[tuple[str, str, tuple[int, ...]]],
+    *,
+    num_scales: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[TensorRef, ...]:
+    """Lay (name, dtype, shape) end to end, each at a multiple of ALIGN_BYTES.
+
+    num_scales: of the tensors that are encoded, whose scales come after their codes.
+    """
     out = []
     end = 0
     for name, dtype, shape in shapes:
-        offset = -(-end // ALIGN_BYTES) * ALIGN_BYTES
-        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-        out.append(TensorRef(name, dtype, shape, offset, nbytes))
-        end = offset + nbytes
+        offset = _aligned(end)
+        tensor = TensorRef(name, dtype, shape, offset, math.prod(shape) * DTYPES[dtype].itemsize)
+        if name in num_scales:
+            tensor = replace(
+                tensor,
+                encoding="fp8_e4m3_row",
+                nbytes=math.prod(shape),
+                num_scales=num_scales[name],
+                scales_offset=_aligned(offset + math.prod(shape)),
+            )
+        out.append(tensor)
+        end = tensor.end
     return tuple(out)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN_BYTES) * ALIGN_BYTES
 
 
 def _tensor_ref(key: str, data: Any) -> TensorRef:
@@ -227,18 +249,39 @@ def _check_tensor(key: str, tensor: TensorRef, num_tokens: int) -> None:
         raise _bad(f"{key}.name", "letters, digits, '_', '.' and '-'", tensor.name)
     if not isinstance(tensor.dtype, str) or tensor.dtype not in DTYPES:
         raise _bad(f"{key}.dtype", f"one of {sorted(DTYPES)}", tensor.dtype)
-    if tensor.encoding != "none":
-        raise _bad(f"{key}.encoding", "'none'", tensor.encoding)
+    _check_encoding(f"{key}.encoding", tensor.encoding)
     if tensor.checksum is not None:
         _expect_int(f"{key}.checksum", tensor.checksum, 0, (1 << 32) - 1)
     _check_shape(key, tensor, num_tokens)
-    _expect_int(f"{key}.offset", tensor.offset, 0, _MAX_SIZE)
-    if tensor.offset % ALIGN_BYTES:
-        raise _bad(f"{key}.offset", f"a multiple of {ALIGN_BYTES}", tensor.offset)
-    wanted = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+    _expect_offset(f"{key}.offset", tensor.offset)
+    encoded = tensor.encoding != "none"
+    wanted = math.prod(tensor.shape) * (1 if encoded else DTYPES[tensor.dtype].itemsize)
     _expect_int(f"{key}.nbytes", tensor.nbytes, 0, _MAX_SIZE)
     if tensor.nbytes != wanted:
         raise _bad(f"{key}.nbytes", f"{wanted}, the product of shape and item size", tensor.nbytes)
+    if encoded:
+        _check_scales(key, tensor)
+    else:
+        _expect_int(f"{key}.num_scales", tensor.num_scales, 0, 0)
+        _expect_int(f"{key}.scales_offset", tensor.scales_offset, 0, 0)
+
+
+def _check_encoding(key: str, encoding: Any) -> None:
+    if not isinstance(encoding, str) or not _ENCODING_NAME.fullmatch(encoding):
+        raise _bad(key, "1 to 32 small letters, digits and '_'", encoding)
+    if encoding not in ENCODINGS:
+        raise UnknownEncoding(key, encoding)
+
+
+def _check_scales(key: str, tensor: TensorRef) -> None:
+    if tensor.dtype not in FP8_DTYPES:
+        wanted = f"one of {', '.join(FP8_DTYPES)} with encoding {tensor.encoding}"
+        raise _bad(f"{key}.dtype", wanted, tensor.dtype)
+    width = tensor.shape[1]
+    _expect_int(f"{key}.num_scales", tensor.num_scales, 1, max(1, width))
+    if width == 0 or width % tensor.num_scales:
+        raise _bad(f"{key}.num_scales", f"a divisor of the width, {width}", tensor.num_scales)
+    _expect_offset(f"{key}.scales_offset", tensor.scales_offset)
 
 
 def _check_shape(key: str, tensor: TensorRef, num_tokens: int) -> None:
@@ -255,13 +298,17 @@ def _check_shape(key: str, tensor: TensorRef, num_tokens: int) -> None:
 
 
 def _check_extents(ref: SampleRef) -> None:
+    extents = [(t.offset, t.nbytes, t.name) for t in ref.tensors]
+    for t in ref.tensors:
+        if t.num_scales:
+            extents.append((t.scales_offset, t.scales_nbytes, f"{t.name}.scales"))
     end = 0
-    for tensor in sorted(ref.tensors, key=lambda t: (t.offset, t.nbytes)):
-        if tensor.offset < end:
-            raise _bad(f"ref {tensor.name}.offset", f"no overlap, at least {end}", tensor.offset)
-        end = tensor.offset + tensor.nbytes
+    for offset, nbytes, name in sorted(extents):
+        if offset < end:
+            raise _bad(f"ref {name}.offset", f"no overlap, at least {end}", offset)
+        end = offset + nbytes
         if end > ref.nbytes:
-            raise _bad(f"ref {tensor.name}", f"an end within nbytes, {ref.nbytes}", end)
+            raise _bad(f"ref {name}", f"an end within nbytes, {ref.nbytes}", end)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -295,6 +342,12 @@ def _expect_keys(key: str, data: Any, wanted: set[str]) -> None:
 def _expect_int(key: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise _bad(key, f"an integer in {low}..{high}", value)
+
+
+def _expect_offset(key: str, value: Any) -> None:
+    _expect_int(key, value, 0, _MAX_SIZE)
+    if value % ALIGN_BYTES:
+        raise _bad(key, f"a multiple of {ALIGN_BYTES}", value)
 
 
 def _expect_text(key: str, value: Any, max_chars: int) -> None:
