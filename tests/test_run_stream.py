@@ -34,7 +34,7 @@ from specforge_ext.runs.link import ProducerLink
 from specforge_ext.runs.local import SkipLog
 from specforge_ext.runs.wire import listen
 from specforge_ext.store import STORES
-from specforge_ext.store.base import CorruptFeature, ProducerLost, TransferTimeout
+from specforge_ext.store.base import CorruptFeature, ProducerLost, TransferTimeout, UnknownEncoding
 from specforge_ext.store.ref import ref_to_json
 from specforge_ext.trainer import World, open_world
 
@@ -292,6 +292,21 @@ def test_leaving_early_does_not_wait_for_the_producer(
 def test_hello_of_another_layout(peer: tuple[ProducerLink, socket.socket]) -> None:
     say(peer[1], op="hello", store="shm:1", layout_hash="feed")
     with pytest.raises(ValueError, match="makes features of layout feed, this rank trains on cafe"):
+        peer[0].hello(layout_hash="cafe", timeout_s=5.0)
+
+
+def test_hello_of_an_encoding_to_come(peer: tuple[ProducerLink, socket.socket]) -> None:
+    say(
+        peer[1],
+        op="hello",
+        store="shm:1",
+        capacity_bytes=1,
+        layout_hash="cafe",
+        encoding="int4_row",
+    )
+    with pytest.raises(
+        UnknownEncoding, match="producer's store: wanted one of none, fp8_e4m3_row, got 'int4_row'"
+    ):
         peer[0].hello(layout_hash="cafe", timeout_s=5.0)
 
 
