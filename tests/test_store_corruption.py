@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections import Counter
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from encoding_cases import outliers
 from ref_mutants import sealed_bytes, sealed_json
-from specforge_ext.records import Sample, SampleRef
-from specforge_ext.store import STORES
+from specforge_ext.records import Sample, SampleRef, TensorRef
+from specforge_ext.store import STORES, payload
 from specforge_ext.store.base import CorruptFeature, LayoutMismatch, StaleRef
 from specforge_ext.store.ref import ref_from_bytes, ref_from_json, ref_to_bytes, ref_to_json
-from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_bytes, same_sample
+from specforge_ext.store.shm import ShmConfig, ShmStore
+from store_cases import LAYOUT_HASH, TIMEOUT_S, make_prompt, make_sample, same_bytes, same_sample
 from store_kinds import Opened, flip
 
 SEED = int(os.environ.get("SPECFORGE_EXT_FUZZ_SEED", "20261121"))
@@ -34,13 +37,35 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
     opened.close()
 
 
-def test_every_bit_of_payload_and_ref(opened: Opened) -> None:
+ENCODINGS = ("none", "fp8_e4m3_row")
+
+
+def put(writer: Any, sample: Sample, layers: dict[str, int]) -> SampleRef:
+    ref: SampleRef = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S, layers=layers)
+    return ref
+
+
+def owned_bytes(tensor: TensorRef) -> list[int]:
+    """Places in the extent: of the values or codes, and of the scales."""
+    values = range(tensor.offset, tensor.offset + tensor.nbytes)
+    scales = range(tensor.scales_offset, tensor.scales_offset + tensor.scales_nbytes)
+    return [*values, *scales]
+
+
+def copy_of(reader: Any, ref: SampleRef) -> Sample:
+    with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+        return copy.deepcopy(payload.decoded(lease.sample))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_bit_of_the_payload(opened: Opened, encoding: str) -> None:
     """Bytes between tensors are nobody's: a flip there changes no view."""
-    writer = opened.writer(1 << 16)
+    writer = opened.writer(1 << 16, encoding=encoding)
     reader = opened.reader(writer)
-    sample = make_sample(1, 2, 5)
-    ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    owned = {at for t in ref.tensors for at in range(t.offset, t.offset + t.nbytes)}
+    encoded = Sample(make_prompt(1, 2), {"h": outliers(2, 6, 1)})
+    ref = put(writer, make_sample(1, 2, 5) if encoding == "none" else encoded, {"h": 2})
+    sample = copy_of(reader, ref)
+    owned = {at for tensor in ref.tensors for at in owned_bytes(tensor)}
     for at in range(ref.nbytes):
         for bit in range(8):
             flip(writer, ref, at, bit)
@@ -48,9 +73,14 @@ def test_every_bit_of_payload_and_ref(opened: Opened) -> None:
                 with pytest.raises(CorruptFeature, match="wanted crc32c"):
                     reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
             else:
-                with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
-                    assert same_sample(lease.sample, sample)
+                assert same_sample(copy_of(reader, ref), sample)
             flip(writer, ref, at, bit)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_bit_of_a_ref(encoding: str) -> None:
+    writer = ShmStore.writer(ShmConfig(capacity_bytes=1 << 16, encoding=encoding))
+    ref = put(writer, Sample(make_prompt(1, 2), {"h": outliers(2, 6, 1)}), {"h": 2})
     data, text = ref_to_bytes(ref), ref_to_json(ref)
     for at in range(8 * len(data)):
         wrong = bytearray(data)
@@ -64,29 +94,29 @@ def test_every_bit_of_payload_and_ref(opened: Opened) -> None:
             ref_from_json(letters.decode("latin-1"))
 
 
-def test_random_bits_of_a_large_sample(opened: Opened) -> None:
-    """3 MB: one bit at a time, then up to eight anywhere in one tensor, which crc32c need not tell
-    from none by design, but does here."""
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_random_bits_of_a_large_sample(opened: Opened, encoding: str) -> None:
+    """1 to 3 MB: one bit at a time, and up to eight anywhere in one tensor, which crc32c does not
+    promise to see over so many bytes, but does here."""
     rng = random.Random(SEED)
-    writer = opened.writer(1 << 23)
+    writer = opened.writer(1 << 23, encoding=encoding)
     reader = opened.reader(writer)
-    sample = make_sample(2, 301, 401)
-    ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    assert ref.nbytes > 2_500_000
-    tensors = [t for t in ref.tensors if t.nbytes]
-    sizes = [t.nbytes for t in tensors]
+    encoded = Sample(make_prompt(2, 301), {"h": outliers(301, 4000, 2)})
+    ref = put(writer, make_sample(2, 301, 401) if encoding == "none" else encoded, {"h": 1000})
+    sample = copy_of(reader, ref)
+    assert ref.nbytes > 2_000_000
+    tensors = {t.name: owned_bytes(t) for t in ref.tensors if t.nbytes}
     for number in range(NUM_FLIPS):
-        [tensor] = rng.choices(tensors, sizes)
+        [name] = rng.choices(list(tensors), [len(places) for places in tensors.values()])
         num_bits = 1 if number % 3 else rng.randrange(1, 9)
-        places = rng.sample(range(8 * tensor.nbytes), num_bits)
-        for place in places:
-            flip(writer, ref, tensor.offset + place // 8, place % 8)
-        with pytest.raises(CorruptFeature, match=f"{tensor.name}: wanted crc32c"):
+        places = [(at, rng.randrange(8)) for at in rng.sample(tensors[name], num_bits)]
+        for at, bit in places:
+            flip(writer, ref, at, bit)
+        with pytest.raises(CorruptFeature, match=f"{name}: wanted crc32c"):
             reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
-        for place in places:
-            flip(writer, ref, tensor.offset + place // 8, place % 8)
-    with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
-        assert same_sample(lease.sample, sample)
+        for at, bit in places:
+            flip(writer, ref, at, bit)
+    assert same_sample(copy_of(reader, ref), sample)
     print(f"{opened.kind}: {NUM_FLIPS} flips of seed {SEED} in {ref.nbytes} bytes, all refused")
 
 
