@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from specforge_ext.copies import copies_from
 from specforge_ext.loader import Delivery, Skipped
 from specforge_ext.runs.wire import Connection, Message, connect
 from specforge_ext.store.base import ProducerLost, TransferTimeout
@@ -131,6 +132,7 @@ class ProducerLink:
             step=int(message["step"]),
             refs=tuple(ref_from_json(text) for text in message["refs"]),
             skipped=tuple(Skipped(**item) for item in message["skipped"]),
+            copied=copies_from(message["copied"]),
         )
 
     def close(self) -> None:

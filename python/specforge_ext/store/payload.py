@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext import _C
+from specforge_ext.copies import copied
 from specforge_ext.records import DTYPE_NAMES, DTYPES, Prompt, Sample, SampleRef, TensorRef
 from specforge_ext.store.base import CorruptFeature, LayoutMismatch, StaleRef, StoreError
 from specforge_ext.store.ref import check_ref, plan_tensors
@@ -113,6 +114,11 @@ def plan(
     return ref
 
 
+def feature_bytes(ref: SampleRef) -> int:
+    """Of a sample's extent, what is not the prompt's."""
+    return sum(t.nbytes for t in ref.tensors if t.name not in ("input_ids", "loss_mask"))
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor; a copy of it only if it is not contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -122,6 +128,7 @@ def write_into(
     slot: _C.ArenaReservation, planned: SampleRef, tensors: Mapping[str, Tensor], *, checksum: bool
 ) -> tuple[TensorRef, ...]:
     """Copy a planned sample into memory; its tensors' refs, with crc32c if `checksum`."""
+    copied("put", feature_bytes(planned))
     return tuple(
         TensorRef(
             *(t.name, t.dtype, t.shape, t.offset, t.nbytes, t.encoding),

@@ -7,6 +7,7 @@ copy. S is the number of tokens of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import Field
@@ -15,11 +16,13 @@ from specforge_ext import _C
 from specforge_ext.config import Config
 from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import payload
-from specforge_ext.store.base import Capabilities, StoreError
+from specforge_ext.store.base import Capabilities, StoreError, StoreFull
 
 CAPABILITIES = Capabilities(
     kind="shm", protocol="memory", zero_copy=True, across_hosts=False, outlives_producer=True
 )
+PAGE_BYTES = 4096
+"""Room is taken in whole pages, at least one a sample (csrc/transport/extents.h)."""
 
 
 class ShmConfig(Config):
@@ -93,6 +96,7 @@ class ShmWriter:
     """Any thread may put. Not usable in a forked child."""
 
     def __init__(self, config: ShmConfig) -> None:
+        self._config = config
         self._checksum = config.checksum
         self._open_arena: _C.ArenaProducer | None = _C.ArenaProducer(
             config.capacity_bytes,
@@ -132,13 +136,33 @@ class ShmWriter:
                 slot.abort()
         return replace(planned, slot=slot.slot, generation=slot.generation, tensors=written)
 
+    @property
+    def writes_in_place(self) -> bool:
+        return True
+
+    def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
+        """StoreFull if these samples could never be reserved together; StoreError for too many."""
+        if len(prompts) > self._config.max_slots:
+            raise StoreError(
+                f"request of {len(prompts)} samples does not fit a store of "
+                f"{self._config.max_slots} slots (store.max_slots)"
+            )
+        sizes = [self._plan(prompt, layout).nbytes for prompt in prompts]
+        needed = sum(max(1, -(-size // PAGE_BYTES)) * PAGE_BYTES for size in sizes)
+        # The mark holds for all but the first sample in an empty arena.
+        share = self._config.high_watermark if len(prompts) > 1 else 1.0
+        if needed > (available := int(share * self.capacity_bytes)):
+            raise StoreFull(needed, available, f"request of {len(prompts)} samples,")
+
     def reserve(self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float) -> ShmReservation:
         """Room for a sample whose features the caller writes. StoreFull, TransferTimeout."""
-        num_tokens = len(prompt)
-        shapes = {spec.name: (spec.dtype, (num_tokens, spec.width)) for spec in layout.features}
-        planned = payload.plan(prompt, shapes, self._store, layout.hash)
+        planned = self._plan(prompt, layout)
         slot = self._arena.acquire(planned.nbytes, timeout_s)
         return ShmReservation(slot, planned, prompt, checksum=self._checksum)
+
+    def _plan(self, prompt: Prompt, layout: FeatureLayout) -> SampleRef:
+        shapes = {spec.name: (spec.dtype, (len(prompt), spec.width)) for spec in layout.features}
+        return payload.plan(prompt, shapes, self._store, layout.hash)
 
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more: as a reader's `ack`. StaleRef."""
