@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext.config import Config
+from specforge_ext.copies import copied
 from specforge_ext.engines import ENGINES, Into
 from specforge_ext.records import (
     FeatureLayout,
@@ -79,14 +80,11 @@ class ToyEngine:
             values = prompt.input_ids.float()
             if first in self.config.broken:
                 values = values * float("nan")
-            features = {f.name: values[:, None].repeat(1, f.width) for f in layout.features}
-            if into is None:
-                yield Sample(prompt, features)
-                continue
-            views = into(prompt)
-            for name, feature in features.items():
-                views[name].copy_(feature)
-            yield Sample(prompt, views)
+            shapes = {f.name: (len(prompt), f.width) for f in layout.features}
+            features = into(prompt) if into else {n: torch.empty(s) for n, s in shapes.items()}
+            for feature in features.values():
+                copied("engine", feature.copy_(values[:, None]).nbytes)
+            yield Sample(prompt, features)
 
     def generate(
         self,

@@ -152,7 +152,7 @@ class ShmWriter:
         # The mark holds for all but the first sample in an empty arena.
         share = self._config.high_watermark if len(prompts) > 1 else 1.0
         if needed > (available := int(share * self.capacity_bytes)):
-            raise StoreFull(needed, available, f"request of {len(prompts)} samples,")
+            raise StoreFull(needed, available, f"request ({len(prompts)} samples)")
 
     def reserve(self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float) -> ShmReservation:
         """Room for a sample whose features the caller writes. StoreFull, TransferTimeout."""
