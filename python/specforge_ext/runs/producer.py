@@ -264,7 +264,7 @@ def unfit(sample: Sample) -> str | None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """A sum is finite only if all its terms are, and on the CPU takes a fortieth of the time of
+    """A sum is finite only if all its terms are, and on the CPU takes a twentieth of the time of
     looking at each. It may overflow, so that no is said by looking at each."""
     wide = torch.float32 if tensor.dtype == torch.float16 else None
     total = tensor.sum(dtype=wide)

@@ -69,8 +69,8 @@ def metrics_line(step: StepReport, rates: Mapping[str, float | None]) -> dict[st
     """What is written about a step: `step` counts from 1, so it is the number of steps done.
 
     loss: nats, global mean of this step, null where its weight was 0. tokens, samples: of this
-    step, all ranks. peak_rss_bytes: of rank 0. time: seconds since 1970. Then the method's own
-    metrics.
+    step, all ranks. rates: of a `Clock`. peak_rss_bytes: of rank 0. time: seconds since 1970. Then
+    the method's own metrics.
     """
     return {
         "step": step.step + 1,
