@@ -34,12 +34,13 @@ from torch import Tensor
 from specforge_ext.copies import copied, counting
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.methods import METHODS
-from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
+from specforge_ext.records import Encoding, FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.runs import data as run_data
 from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
 from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost, StoreError, StoreWriter
+from specforge_ext.store.ref import ref_to_json
 from specforge_ext.store.reserving import Reservations, reserving
 
 log = logging.getLogger("specforge_ext.producer")
@@ -80,9 +81,14 @@ class Producer:
         self._layout: FeatureLayout = method.layout(self._engine.spec)
         store_kind, store_config = recipe.store
         self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
+        self._encoding: Encoding = store_config.encoding
         self._reserving = reserving(self._writer)
-        how = "put" if self._reserving is None else "written in place"
-        log.info("store: %s, samples are %s", self._writer.capabilities().describe(), how)
+        log.info(
+            "store: %s, encoding %s, samples are %s",
+            self._writer.capabilities().describe(),
+            self._encoding,
+            "put" if self._reserving is None else "written in place",
+        )
 
     def serve(self) -> None:
         while not self._done:
@@ -115,6 +121,7 @@ class Producer:
                 "store": self._writer.address(),
                 "capacity_bytes": self._writer.capacity_bytes,
                 "layout_hash": self._layout.hash,
+                "encoding": self._encoding,
             },
         )
 
@@ -204,7 +211,7 @@ class Producer:
         return {
             "op": "refs",
             "step": request.step,
-            "refs": [ref.to_json() for ref in refs],
+            "refs": [ref_to_json(ref) for ref in refs],
             "skipped": skipped,
             "copied": copies,
         }
@@ -244,6 +251,7 @@ class Producer:
             Sample(sample.prompt, {name: on_host(t) for name, t in sample.features.items()}),
             layout_hash=self._layout.hash,
             timeout_s=self._recipe.stream.timeout_s,
+            layers=self._layout.layers,
         )
 
 

@@ -17,8 +17,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.config import Config
-from specforge_ext.store.base import StoreError, TransferTimeout
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, TransferTimeout
 
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
@@ -28,7 +27,7 @@ T = TypeVar("T")
 Protocol = Literal["tcp", "rdma"]
 
 
-class MooncakeConfig(Config):
+class MooncakeConfig(StoreConfig):
     """protocol: what carries the bytes; rdma without a device is an error, never TCP instead.
     devices: RDMA devices, comma-separated ("": Mooncake chooses).
     host: name or address under which others reach the producer (None: the route to the master, or
@@ -36,8 +35,6 @@ class MooncakeConfig(Config):
     capacity_bytes: payload that may lie in the store at the same time.
     pool_bytes: registered memory on the other side of a copy, which bounds the largest sample: each
         reader's, and in mooncake_store the writer's too (None: capacity_bytes).
-    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
-        verify (stream.verify: off).
     read_timeout_s: deadline of reading one sample, and of its wait for room in the reader's pool.
     """
 
@@ -46,7 +43,6 @@ class MooncakeConfig(Config):
     host: str | None = None
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     pool_bytes: int | None = Field(default=None, gt=0, le=1 << 46)
-    checksum: bool = True
     read_timeout_s: float = Field(default=60.0, gt=0)
 
     @property
@@ -91,6 +87,16 @@ def expect_protocol(protocol: Protocol) -> None:
         raise StoreError(
             f"store.protocol: wanted rdma, but {INFINIBAND} has no device; tcp has to be asked for"
         )
+
+
+def capabilities_over(kind: str, protocol: str) -> Capabilities:
+    return Capabilities(
+        kind=kind,
+        protocol=protocol,
+        zero_copy=False,
+        across_hosts=True,
+        outlives_producer=False,
+    )
 
 
 def local_host(towards: str) -> str:

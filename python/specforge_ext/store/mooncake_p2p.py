@@ -14,7 +14,7 @@ import logging
 import re
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -104,6 +104,7 @@ class MooncakeP2PWriter:
                 capacity_bytes=config.capacity_bytes,
                 max_slots=config.max_slots,
                 checksum=config.checksum,
+                encoding=config.encoding,
             )
         )
         self._lock = threading.Lock()
@@ -137,9 +138,16 @@ class MooncakeP2PWriter:
     def capacity_bytes(self) -> int:
         return self._shm.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """As the shm store's: StoreFull at once, TransferTimeout after `timeout_s`."""
-        put = partial(self._shm.put, sample, layout_hash=layout_hash, timeout_s=0.0)
+        put = partial(self._shm.put, sample, layout_hash=layout_hash, timeout_s=0.0, layers=layers)
         wait = mooncake.Pauses(*LOOK_EVERY_S, timeout_s)
         return self._published(mooncake.wait_for_room(put, self._collect, wait))
 
@@ -176,7 +184,7 @@ class MooncakeP2PWriter:
         return self._shm.health()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeP2PStore.reader` wants: "mooncake_p2p:EPOCH:JSON"."""
@@ -282,7 +290,7 @@ class MooncakeP2PReader:
         slot.abort()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._at.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._at.protocol)
 
     def close(self) -> None:
         """Leases keep their bytes."""
@@ -387,13 +395,3 @@ class MooncakeP2PReader:
         if self.producer_alive:
             return StoreError(f"{what}: {self._at.peer} refused the transfer")
         return ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
-
-
-def _capabilities(protocol: str) -> Capabilities:
-    return Capabilities(
-        kind="mooncake_p2p",
-        protocol=protocol,
-        zero_copy=False,
-        across_hosts=True,
-        outlives_producer=False,
-    )
