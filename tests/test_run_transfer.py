@@ -43,7 +43,7 @@ def producing(
         thread.start()
         link = ProducerLink(path, timeout_s=5.0)
         try:
-            address, _ = link.hello(layout_hash=layout.hash, timeout_s=5.0)
+            address = link.hello(layout_hash=layout.hash, timeout_s=5.0).address
             files = link.prepare(timeout_s=30.0, progress=lambda *_: None)
             prompts = list(read_dataset(files).train)
             stream = Stream(
@@ -97,6 +97,24 @@ def test_what_each_store_copies(
     for data in steps:
         assert data.delivered_bytes == feature_bytes(data) > 0
         assert copied_per_byte(data) == wanted
+
+
+@pytest.mark.parametrize("kind", ["shm", "shared_dir"])
+def test_an_encoding_is_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A code a value and a scale a layer are written; what is delivered is decoded."""
+    store = {"kind": kind, "encoding": "fp8_e4m3_row"}
+    if kind == "shared_dir":
+        store["directory"] = str(tmp_path / "store")
+    with producing(tmp_path, monkeypatch, store) as (producer, _, stream):
+        layout = producer._layout
+        steps = list(stream.iterate(0))
+    codes = sum(spec.width + 4 * len(spec.layer_ids) for spec in layout.features)
+    put = codes / layout.bytes_per_token
+    wanted = {"engine": 1.0, "put": put, "collate": 1.0}
+    if kind == "shared_dir":
+        wanted["encode"] = put
+    for data in steps:
+        assert copied_per_byte(data) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_what_is_skipped_was_copied_for_nothing(

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
-Stage = Literal["gather", "engine", "put", "transfer", "collate", "device"]
+Stage = Literal["gather", "engine", "encode", "put", "transfer", "collate", "device"]
 """gather: layers side by side, in the memory of the target's GPU. engine: out of the target's
-activations, to where the sample lies. put: from a sample's own tensors into a store. transfer:
-between the memories of a store. collate: into a packed batch. device: a batch to the GPU."""
+activations, to where the sample lies. encode: into a buffer, by a store that cannot encode into its
+own memory. put: from a sample's own tensors, or that buffer, into a store. transfer: between the
+memories of a store. collate: into a packed batch. device: a batch to the GPU."""
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 

@@ -83,12 +83,11 @@ class Producer:
         self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
         self._encoding: Encoding = store_config.encoding
         self._reserving = reserving(self._writer)
-        how = "put" if self._reserving is None else "written in place"
         log.info(
             "store: %s, encoding %s, samples are %s",
             self._writer.capabilities().describe(),
             self._encoding,
-            how,
+            "put" if self._reserving is None else "written in place",
         )
 
     def serve(self) -> None:

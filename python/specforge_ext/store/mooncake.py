@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.store.base import StoreConfig, StoreError, TransferTimeout
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, TransferTimeout
 
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
@@ -87,6 +87,16 @@ def expect_protocol(protocol: Protocol) -> None:
         raise StoreError(
             f"store.protocol: wanted rdma, but {INFINIBAND} has no device; tcp has to be asked for"
         )
+
+
+def capabilities_over(kind: str, protocol: str) -> Capabilities:
+    return Capabilities(
+        kind=kind,
+        protocol=protocol,
+        zero_copy=False,
+        across_hosts=True,
+        outlives_producer=False,
+    )
 
 
 def local_host(towards: str) -> str:

@@ -184,7 +184,7 @@ class MooncakeP2PWriter:
         return self._shm.health()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeP2PStore.reader` wants: "mooncake_p2p:EPOCH:JSON"."""
@@ -290,7 +290,7 @@ class MooncakeP2PReader:
         slot.abort()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._at.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._at.protocol)
 
     def close(self) -> None:
         """Leases keep their bytes."""
@@ -395,13 +395,3 @@ class MooncakeP2PReader:
         if self.producer_alive:
             return StoreError(f"{what}: {self._at.peer} refused the transfer")
         return ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
-
-
-def _capabilities(protocol: str) -> Capabilities:
-    return Capabilities(
-        kind="mooncake_p2p",
-        protocol=protocol,
-        zero_copy=False,
-        across_hosts=True,
-        outlives_producer=False,
-    )

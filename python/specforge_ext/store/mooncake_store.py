@@ -181,7 +181,7 @@ class MooncakeStoreWriter:
             )
 
     def capabilities(self) -> Capabilities:
-        return objects.capabilities_over(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_store", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeStore.reader` wants: "mooncake_store:EPOCH:JSON"."""

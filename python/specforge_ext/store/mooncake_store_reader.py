@@ -97,7 +97,7 @@ class MooncakeStoreReader:
         objects.remove(self._client, objects.key_of(self._epoch, ref.generation))
 
     def capabilities(self) -> Capabilities:
-        return objects.capabilities_over(self._address.protocol)
+        return mooncake.capabilities_over("mooncake_store", self._address.protocol)
 
     def close(self) -> None:
         """Leases keep their bytes."""

@@ -162,8 +162,9 @@ def plan(
 
 
 def feature_bytes(ref: SampleRef) -> int:
-    """Of a sample's extent, what is not the prompt's."""
-    return sum(t.nbytes for t in ref.tensors if t.name not in ("input_ids", "loss_mask"))
+    """Of a sample's extent, what is not the prompt's: as encoded, with scales."""
+    features = [t for t in ref.tensors if t.name not in ("input_ids", "loss_mask")]
+    return sum(t.nbytes + t.scales_nbytes for t in features)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -168,6 +168,7 @@ def _write_tensor(fd: int, ref: TensorRef, tensor: Tensor, checksum: bool) -> Te
     if ref.encoding != "none":
         feature = payload.room_for(ref)
         written = payload.encode(ref, tensor, feature, checksum=checksum)
+        copied("encode", ref.nbytes + ref.scales_nbytes)
         _write_at(fd, payload.raw_bytes(feature.codes), ref.offset)
         _write_at(fd, payload.raw_bytes(feature.scales), ref.scales_offset)
         return written

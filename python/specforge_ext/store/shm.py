@@ -143,7 +143,6 @@ class ShmWriter:
 
     @property
     def writes_in_place(self) -> bool:
-        """Not with an encoding, which reads features that are there already."""
         return self._config.encoding == "none"
 
     def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
