@@ -30,7 +30,8 @@ class BlockConfig(Config):
     layer_types: "full_attention" or "sliding_attention" of each layer of the draft; None: all full.
         A sliding layer sees, from slot j of the block at anchor a, the context from position
         a + j - (sliding_window - 1) on, and its own block up to itself.
-    sliding_window: positions that a sliding layer sees, the row's own included.
+    sliding_window: positions that a sliding layer sees, the row's own included; at least
+        block_size, because engines apply it to the block too.
     mask_token_id: the token that stands at the masked slots; None: see `mask_token_id`.
     gamma: slots weigh exp(-distance / gamma) in the loss, the first predicted one 1; None: all 1.
     intermediate_size, num_heads, num_kv_heads, head_dim: of the draft's layers, counts.
@@ -61,6 +62,11 @@ class BlockConfig(Config):
             raise ValueError(
                 "sliding_window: wanted together with a sliding_attention layer in layer_types, "
                 f"got {self.sliding_window} with {list(types)}"
+            )
+        if self.sliding_window is not None and self.sliding_window < self.block_size:
+            raise ValueError(
+                f"sliding_window: wanted at least block_size {self.block_size}, "
+                f"got {self.sliding_window}"
             )
         return self
 
@@ -118,7 +124,7 @@ def mask_token_id(config: BlockConfig, embed_tokens: Tensor) -> int:
     """The token that stands at the masked slots, of embed_tokens [V, H].
 
     Unless named it is the last one whose embedding is not all zeros. In targets with a padded
-    vocabulary (Qwen 3) that is a row that no text holds; elsewhere it is the tokenizer's last merge,
+    vocabulary (Qwen 3) no text holds that row; elsewhere it is the tokenizer's last merge,
     about its rarest. Text may hold it: slot 0 always is a known token, so nothing is ambiguous.
     A row of zeros would make the masked slots of the first layer alike. ValueError for one, and for
     an id outside the vocabulary.
