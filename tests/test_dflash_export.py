@@ -215,3 +215,35 @@ def test_another_draft_is_a_type_error() -> None:
     for call in calls:
         with pytest.raises(TypeError, match="dflash: wanted a DFlashDraft, got Linear"):
             call(torch.nn.Linear(2, 2))
+
+
+def test_warm_start_is_the_targets_last_layer() -> None:
+    method, _, weights = cases.build(warm_start="target", layer_ids=(2, 7))
+    draft = method.build(weights, DraftVocab.full(cases.VOCAB), seed=0)
+    for layer in draft.layers:
+        for name, parameter in layer.named_parameters():
+            assert torch.equal(parameter, weights.last_layer[name]), name
+    assert torch.equal(draft.norm.weight, weights.final_norm)
+    assert torch.equal(draft.hidden_norm.weight, weights.last_layer["input_layernorm.weight"])
+    features = torch.randn(3, cases.FEATURES)
+    near = draft.fc(features) - features[:, -cases.HIDDEN :]
+    assert float(near.detach().abs().max()) < 0.05
+
+
+def test_warm_start_wants_the_targets_shape() -> None:
+    weights = cases.target()
+    norms = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    without = {name: t for name, t in weights.last_layer.items() if name not in norms}
+    method, _, _ = cases.build(warm_start="target")
+    vocab = DraftVocab.full(cases.VOCAB)
+    draft = method.build(replace(weights, last_layer=without), vocab, seed=0)
+    assert torch.equal(draft.layers[0].self_attn.q_norm.weight, torch.ones(8))
+    without.pop("mlp.up_proj.weight")
+    with pytest.raises(ValueError, match=r"wanted 'mlp.up_proj.weight' of the target's last layer"):
+        method.build(replace(weights, last_layer=without), vocab, seed=0)
+    wide, _, _ = cases.build(intermediate_size=7, num_layers=1)
+    with pytest.raises(
+        ValueError, match=r"'mlp.gate_proj.weight' has shape \[40, 24\].* \[7, 24\]"
+    ):
+        cases.build(intermediate_size=7, warm_start="target")
+    assert wide.config.intermediate_size == 7
