@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specforge_ext.copies import STAGES, Stage, counting
 from specforge_ext.methods.base import Method
-from specforge_ext.records import PackedBatch, StepLoss
+from specforge_ext.records import PackedBatch, StepContext, StepLoss
 from specforge_ext.trainer.config import TrainerConfig
 from specforge_ext.trainer.data import StepData
 from specforge_ext.trainer.distributed import World
@@ -152,9 +152,10 @@ class TrainStep:
         """Leaves the gradients of the sum over all ranks in the shards."""
         self._shards.gather()
         losses, weights = [], []
+        at = StepContext(step=data.step, total_steps=self._total_steps, seed=self._config.seed)
         with counting() as here:
             for batch in self._prefetcher.batches(data):
-                loss = self._micro_batch(batch)
+                loss = self._micro_batch(batch, at)
                 losses.append(loss.loss_sum.detach())
                 weights.append(loss.weight_sum.detach())
                 self._metrics.add(loss)
@@ -166,9 +167,9 @@ class TrainStep:
             copied=here + Counter(data.copied),
         )
 
-    def _micro_batch(self, batch: PackedBatch) -> StepLoss:
+    def _micro_batch(self, batch: PackedBatch, at: StepContext) -> StepLoss:
         with self._autocast():
-            loss = self._method.step(self._shards.draft, batch)
+            loss = self._method.step(self._shards.draft, batch, at)
         # Without a scored token a method may return a constant: nothing to go back through.
         if loss.loss_sum.requires_grad:
             loss.loss_sum.backward()  # type: ignore[no-untyped-call]
