@@ -1,8 +1,8 @@
 """Builds the environments of the rigs: `python tests/rigs/build.py [vllm] [sglang]`.
 
-Standard library only, since it runs before anything is installed. An environment lies outside the clone, in
-SPECFORGE_EXT_RIGS or ~/.cache/specforge_ext/rigs, under a hash of all that its install reads. What is
-complete is used again; what a killed install left is removed and made anew.
+Standard library only, since it runs before anything is installed. An environment lies outside the
+clone, in SPECFORGE_EXT_RIGS or ~/.cache/specforge_ext/rigs, under a hash of all that its install
+reads. What is complete is used again; what a killed install left is removed and made anew.
 """
 
 from __future__ import annotations
@@ -79,10 +79,14 @@ def build(venv: Path, install: Sequence[str], *, deadline_s: float = DEADLINE_S)
             for command in ([sys.executable, "-m", "venv", str(venv)], [*install, str(venv)]):
                 code = run(command, out.fileno(), seconds=until - time.monotonic())
                 if code is None:
-                    raise BuildFailed(f"{venv}: {command[0]} took over {deadline_s:g} s; log in {log}")
+                    raise BuildFailed(
+                        f"{venv}: {command[0]} took over {deadline_s:g} s; log in {log}"
+                    )
                 if code:
                     tail = log.read_text(errors="replace")[-2000:]
-                    raise BuildFailed(f"{venv}: {command[0]} ended with {code}; log in {log}:\n{tail}")
+                    raise BuildFailed(
+                        f"{venv}: {command[0]} ended with {code}; log in {log}:\n{tail}"
+                    )
         (venv / COMPLETE).touch()
         return True
 

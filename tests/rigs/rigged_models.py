@@ -1,21 +1,24 @@
-"""Targets and drafts whose counters are known before a server runs: `rigged_models.py OUT` writes them.
+"""Targets and drafts whose counters are known before a server runs: `rigged_models.py OUT` writes
+them.
 
-Both targets are Llamas whose layers add nothing: attention and feed-forward outputs are zero, so that the
-last hidden state is the embedding of the last token, and the head alone decides what follows.
+Both targets are Llamas whose layers add nothing: attention and feed-forward outputs are zero, so
+that the last hidden state is the embedding of the last token, and the head alone decides what
+follows.
 
-`cycle` says x + 1 after x. Its EAGLE-3 draft, also without effect of its layer, hands on the hidden state h_t = E[x_t] and
-reads x_{t+2} from it: right at the first step; at the second, for which h has not changed, it says
-x_{t+2} again, which is wrong. One of k drafted tokens is accepted: length 2.
+`cycle` says x + 1 after x. Its EAGLE-3 draft, also without effect of its layer, hands on the
+hidden state h_t = E[x_t] and reads x_{t+2} from it: right at the first step; at the second, for
+which h has not changed, it says x_{t+2} again, which is wrong. One of k drafted tokens is
+accepted: length 2.
 
-`constant` says one token whatever it saw, and so does its DFlash draft, from the mask's embedding: the
-whole block is accepted.
+`constant` says one token whatever it saw, and so does its DFlash draft, from the mask's
+embedding: the whole block is accepted.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +37,8 @@ CONSTANT = 77
 MASK = 3
 DFLASH_LAYERS = (1, 4, 6)
 """0-based outputs of the target's layers."""
+PROMPTS = ([5, 6, 7], [100, 300, 50, 60], [2040] * 9)
+"""The last one runs over the end of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class RiggedTarget:
     path: Path
     follows: Callable[[int], int]
 
-    def greedy(self, prompt: list[int], count: int) -> tuple[int, ...]:
+    def greedy(self, prompt: Sequence[int], count: int) -> tuple[int, ...]:
         said = [*prompt]
         for _ in range(count):
             said.append(self.follows(said[-1]))
@@ -73,7 +78,9 @@ def cycle_eagle3(target: Path, path: Path) -> Path:
     weights = engine.weights(device=torch.device("cpu"))
     method = METHODS.get("eagle3")(METHODS.get("eagle3").Config(ttt_length=3))
     vocab = weights.spec.vocab_size
-    everything = DraftVocab(torch.ones(vocab, dtype=torch.bool), torch.zeros(vocab, dtype=torch.int64))
+    everything = DraftVocab(
+        torch.ones(vocab, dtype=torch.bool), torch.zeros(vocab, dtype=torch.int64)
+    )
     draft = method.build(weights, everything, seed=1)
     third = torch.eye(HIDDEN) / 3
     rigged: dict[str, Tensor] = {
@@ -99,7 +106,9 @@ def open_target(path: Path | str) -> Engine:
 
 
 def _embedding() -> Tensor:
-    """[V, H]; V is the tokenizer's. Products of different rows stay far below a row's with itself."""
+    """[V, H]; V is the tokenizer's. Products of different rows stay far below a row's with
+    itself.
+    """
     vocab = open_target("demo").spec.vocab_size
     return torch.randn(vocab, HIDDEN, generator=torch.Generator().manual_seed(0))
 

@@ -1,7 +1,8 @@
 """Real vLLM and SGLang on a loopback port: started, waited for, asked, counted, ended.
 
-A server is one process group with one log. Every wait has a deadline that names what it waits for and
-shows the end of the log; however a test ends, nothing of the server outlives the `with` block.
+A server is one process group with one log. Every wait has a deadline that names what it waits for
+and shows the end of the log; however a test ends, nothing of the server outlives the `with`
+block.
 """
 
 from __future__ import annotations
@@ -150,14 +151,22 @@ def _until_ready(server: Process, path: str, seconds: float) -> None:
         code = server.popen.poll()
         if code is not None:
             raise ServerFailed(f"the server ended with {code} before {path}\n{tail(server.log)}")
-        with suppress(OSError):  # refused until it listens, HTTP 503 until it is ready
-            with urllib.request.urlopen(server.url + path, timeout=5):
-                return
+        if _answers(server.url + path):
+            return
         if time.monotonic() > until:
             raise ServerFailed(
                 f"GET {server.url}{path}: not ready within {seconds:g} s\n{tail(server.log)}"
             )
         time.sleep(POLL_S)
+
+
+def _answers(url: str) -> bool:
+    """Refused until it listens, HTTP 503 until it is ready."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _end(popen: subprocess.Popen[bytes], mark: str) -> None:

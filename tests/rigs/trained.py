@@ -1,7 +1,8 @@
 """Trained drafts for the rigs, and what our own evaluator says of them.
 
-A draft of a short run lies in the rigs' cache under a hash of the package and of the run's settings. A
-finished run of the demo can stand in for EAGLE-3's: its output_dir in SPECFORGE_EXT_DEMO_OUTPUT.
+A draft of a short run lies in the rigs' cache under a hash of the package and of the run's
+settings. A finished run of the demo can stand in for EAGLE-3's: its output_dir in
+SPECFORGE_EXT_DEMO_OUTPUT.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""SGLang plugin for tests: lets its block drafts (DFLASH with Domino, DSPARK) run on the CPU engine.
+"""SGLang plugin for tests: lets its block drafts (DFLASH with Domino, DSPARK) run on the CPU
+engine.
 
-SGLang 0.5.23 refuses them where there is no CUDA, NPU or XPU. Nothing of their computation is replaced
-here, only what keeps them from starting: three refusals of the device, the list of attention backends
-that a draft may use, a word that the CPU's attention backend wants of a verify input, and streams.
-Loaded through the entry point of the folder beside this file, when the folder is on PYTHONPATH.
+SGLang 0.5.23 refuses them where there is no CUDA, NPU or XPU. Nothing of their computation is
+replaced here, only what keeps them from starting: three refusals of the device, the list of
+attention backends that a draft may use, a word that the CPU's attention backend wants of a verify
+input, and streams. Loaded through the entry point of the folder beside this file, when the folder
+is on PYTHONPATH.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Stand-in for SGLang's CPU kernels, in plain torch: test use only.
 
-PyPI carries the CUDA build of `sgl_kernel`; the CPU build must be compiled and wants AVX-512. Here is what
-SGLang 0.5.23 calls when it serves text with a chain draft (top-k 1): attention over its token pool, and the
-bookkeeping of a verify step. A tree of drafts, sinks and cross attention are refused by name.
+PyPI carries the CUDA build of `sgl_kernel`; the CPU build must be compiled and wants AVX-512.
+Here is what SGLang 0.5.23 calls when it serves text with a chain draft (top-k 1): attention over
+its token pool, and the bookkeeping of a verify step. A tree of drafts, sinks and cross attention
+are refused by name.
 
-Legend of shapes: B requests, N tokens of a verify step (the known one and N - 1 drafted), P slots of a row
-of the pool. `req_to_token` [requests, P] holds, for each position of a request, its slot in the KV cache.
+Legend of shapes: B requests, N tokens of a verify step (the known one and N - 1 drafted), P slots
+of a row of the pool. `req_to_token` [requests, P] holds, for each position of a request, its slot
+in the KV cache.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def assign_draft_cache_locs_contiguous_cpu(
 def build_draft_decode_metadata_cpu(
     req_to_token: Tensor, requests: Tensor, seq_lens: Tensor, topk: int, num_steps: int, width: int
 ) -> Tensor:
-    """A pool of its own for the draft's steps, [B, P]: a chain's tokens lie behind its request's."""
+    """The draft's own pool, [B, P]: a chain's tokens lie behind those of its request."""
     _chain_only("build_draft_decode_metadata_cpu", topk)
     return req_to_token[requests.long(), :width].clone()
 
@@ -66,7 +68,9 @@ def build_draft_decode_metadata_cpu(
 def copy_all_layer_kv_cache_cpu(
     pointers: Tensor, row_bytes: Tensor, to_slots: Tensor, from_slots: Tensor
 ) -> None:
-    """Copy rows of every layer's buffer, given by its address and the bytes of a row. All are read first."""
+    """Copy rows of every layer's buffer, given by its address and the bytes of a row. All are
+    read first.
+    """
     to_list, from_list = to_slots.tolist(), from_slots.tolist()
     for base, size in zip(pointers.tolist(), row_bytes.tolist(), strict=True):
         rows = [ctypes.string_at(base + slot * size, size) for slot in from_list]
@@ -117,9 +121,10 @@ def verify_tree_greedy_cpu(
 ) -> None:
     """Accept drafted tokens while each is what the target says after the one before it.
 
-    candidates, target_predict: [B, N]; row j of the target judges candidate j + 1. Written are, for every
-    request, accept_index [B, S] (rows of the known token and of the accepted ones; the rest stays),
-    accept_token_num [B] (drafted tokens accepted) and predicts [B N] (what the target says at those rows).
+    candidates, target_predict: [B, N]; row j of the target judges candidate j + 1. Written are,
+    for every request, accept_index [B, S] (rows of the known token and of the accepted ones; the
+    rest stays), accept_token_num [B] (drafted tokens accepted) and predicts [B N] (what the
+    target says at those rows).
     """
     requests, num_tokens = candidates.shape
     said = target_predict.view(requests, num_tokens)
@@ -142,7 +147,9 @@ def fill_bonus_tokens_cpu(tokens: Tensor, lengths: Tensor, bonus: Tensor, width:
     bonus[: lengths.numel()] = last.to(bonus.dtype)
 
 
-def fill_accept_out_cache_loc_cpu(accept_index: Tensor, slots: Tensor, accepted_slots: Tensor) -> None:
+def fill_accept_out_cache_loc_cpu(
+    accept_index: Tensor, slots: Tensor, accepted_slots: Tensor
+) -> None:
     """Slots of the accepted rows, packed to the front; index -1 is no row."""
     rows = accept_index.reshape(-1)
     rows = rows[rows >= 0].long()
@@ -192,9 +199,11 @@ def extend_attention_cpu(
     tree_mask: Tensor | None = None,
     is_causal: bool = True,
 ) -> None:
-    """The last extend_lens[b] tokens of each request over all its seq_lens[b], whose keys are cached.
+    """The last extend_lens[b] tokens of each request over all its seq_lens[b], whose keys are
+    cached.
 
-    q, out: [sum of extend_lens, heads, D]. window: keys that a query sees, itself included; 0 for all.
+    q, out: [sum of extend_lens, heads, D]. window: keys that a query sees, itself included; 0 for
+    all.
     """
     _plain_only("extend_attention_cpu", k_scale, v_scale, logit_cap, is_cross, sinks)
     if tree_mask is not None:
@@ -231,7 +240,9 @@ def decode_attention_cpu(
     encoder_lens: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """One token a request, whose key and value are cached first if they are given. q, out: [B, heads, D]."""
+    """One token a request, whose key and value are cached first if they are given. q, out: [B,
+    heads, D].
+    """
     _plain_only("decode_attention_cpu", k_scale, v_scale, logit_cap, is_cross, sinks)
     if k is not None and v is not None:
         k_cache[slots.long()] = k.view(-1, *k_cache.shape[1:]).to(k_cache.dtype)
@@ -261,14 +272,14 @@ def _plain_only(
         )
 
 
-# SGLang reads these two from torch.ops. They are put there as plain functions: registering them as operators
-# would make SGLang believe in more of the package than is here.
+# SGLang reads these two from torch.ops. They are put there as plain functions: registering them
+# as operators would make SGLang believe in more of the package than is here.
 torch.ops.sgl_kernel.extend_attention_cpu = extend_attention_cpu
 torch.ops.sgl_kernel.decode_attention_cpu = decode_attention_cpu
 
 
 def __getattr__(name: str) -> object:
-    """Anything else can be imported, as SGLang does at module level, and fails when it is called."""
+    """Anything else can be imported, as SGLang does at module level, and fails when called."""
     if name.startswith("__"):
         raise AttributeError(name)
 
