@@ -58,12 +58,17 @@ def environment(rig: str) -> Path:
     return root() / f"{rig}-{key(rig)}"
 
 
+def install(rig: str) -> list[list[str]]:
+    """For `build`: a bare virtual environment, then the rig's own script."""
+    return [[sys.executable, "-m", "venv"], [str(HERE / rig / "install.sh")]]
+
+
 def is_built(venv: Path) -> bool:
     return (venv / COMPLETE).is_file()
 
 
-def build(venv: Path, install: Sequence[str], *, deadline_s: float = DEADLINE_S) -> bool:
-    """Make `venv` by `install VENV` unless it is complete; whether there was anything to do.
+def build(venv: Path, commands: Sequence[Sequence[str]], *, deadline_s: float = DEADLINE_S) -> bool:
+    """Make `venv` by the commands, each given its path, unless it is complete; whether it was not.
 
     Two builders of one environment take turns. The log is VENV.log. Raises BuildFailed.
     """
@@ -76,8 +81,9 @@ def build(venv: Path, install: Sequence[str], *, deadline_s: float = DEADLINE_S)
         log = venv.with_name(f"{venv.name}.log")
         until = time.monotonic() + deadline_s
         with log.open("wb") as out:
-            for command in ([sys.executable, "-m", "venv", str(venv)], [*install, str(venv)]):
-                code = run(command, out.fileno(), seconds=until - time.monotonic())
+            for command in commands:
+                left_s = until - time.monotonic()
+                code = run([*command, str(venv)], out.fileno(), seconds=left_s)
                 if code is None:
                     raise BuildFailed(
                         f"{venv}: {command[0]} took over {deadline_s:g} s; log in {log}"
@@ -140,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
         began = time.monotonic()
         try:
             venv = environment(rig)
-            fresh = build(venv, [str(HERE / rig / "install.sh")], deadline_s=options.deadline)
+            fresh = build(venv, install(rig), deadline_s=options.deadline)
         except (BuildFailed, ValueError) as error:
             print(f"rigs: {error}", file=sys.stderr)
             return 1
