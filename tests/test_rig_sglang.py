@@ -42,7 +42,7 @@ def test_acceptance_is_that_of_our_evaluator(served: tuple[Trained, Answers]) ->
     check_counters(*served)
 
 
-def test_counters_of_a_rigged_pair(tmp_path: Path) -> None:
+def test_counters_of_a_rigged_chain(tmp_path: Path) -> None:
     """One of three drafted tokens is accepted; prefill says the first of 24 tokens, and each of 12
     steps two more, of which the last is cut off.
     """
@@ -56,3 +56,17 @@ def test_counters_of_a_rigged_pair(tmp_path: Path) -> None:
         answers = server.greedy(rigged_models.PROMPTS, max_new_tokens=24)
     assert answers.tokens == tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)
     assert answers.counters == Counters(drafts=36, drafted=108, accepted=36, at=(36, 0, 0))
+
+
+def test_counters_of_a_rigged_block(tmp_path: Path) -> None:
+    """Whole blocks are accepted: 23 tokens after prefill's are five steps of four and the rest."""
+    venv = built("sglang")
+    target = rigged_models.constant_target(tmp_path / "constant")
+    draft = rigged_models.constant_dflash(tmp_path / "dflash", block_size=4)
+    arguments = Case("constant", depth=3, sglang="DFLASH", block=True).sglang_arguments(str(draft))
+    with servers.sglang(
+        venv, target.path, log=tmp_path / "server.log", speculative=arguments, block=True
+    ) as server:
+        answers = server.greedy(rigged_models.PROMPTS, max_new_tokens=24)
+    assert answers.tokens == tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)
+    assert answers.counters == Counters(drafts=18, drafted=54, accepted=54, at=(18, 18, 18))

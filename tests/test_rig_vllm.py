@@ -37,7 +37,7 @@ def test_acceptance_is_that_of_our_evaluator(served: tuple[Trained, Answers]) ->
     check_counters(*served)
 
 
-def test_counters_of_a_rigged_pair(tmp_path: Path) -> None:
+def test_counters_of_a_rigged_chain(tmp_path: Path) -> None:
     """One of three drafted tokens is accepted; prefill says the first of 24 tokens, and each of 12
     steps two more, of which the last is cut off.
     """
@@ -49,3 +49,15 @@ def test_counters_of_a_rigged_pair(tmp_path: Path) -> None:
         answers = server.greedy(rigged_models.PROMPTS, max_new_tokens=24)
     assert answers.tokens == tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)
     assert answers.counters == Counters(drafts=36, drafted=108, accepted=36, at=(36, 0, 0))
+
+
+def test_counters_of_a_rigged_block(tmp_path: Path) -> None:
+    """Whole blocks are accepted: 23 tokens after prefill's are five steps of four and the rest."""
+    venv = built("vllm")
+    target = rigged_models.constant_target(tmp_path / "constant")
+    draft = rigged_models.constant_dflash(tmp_path / "dflash", block_size=4)
+    config = Case("constant", depth=3, vllm="dflash").vllm_config(str(draft))
+    with servers.vllm(venv, target.path, log=tmp_path / "server.log", speculative=config) as server:
+        answers = server.greedy(rigged_models.PROMPTS, max_new_tokens=24)
+    assert answers.tokens == tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)
+    assert answers.counters == Counters(drafts=18, drafted=54, accepted=54, at=(18, 18, 18))

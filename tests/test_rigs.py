@@ -18,9 +18,10 @@ import torch
 from rigs import build, rigged_models, servers
 from rigs.build import BuildFailed
 from rigs.cases import CASES, Case
-from rigs.servers import Counters, ServerFailed
-from specforge_ext.evaluate import evaluate
-from specforge_ext.export import read_strict
+from rigs.checks import check_counters, check_text
+from rigs.rigged_models import RiggedTarget
+from rigs.servers import Answers, Counters, ServerFailed
+from rigs.trained import Trained, measure, output_dir
 from specforge_ext.methods import METHODS
 
 # --- environments -----------------------------------------------------------------------------
@@ -227,27 +228,60 @@ def test_how_a_case_is_served() -> None:
 # --- rigged models ----------------------------------------------------------------------------
 
 
-def test_our_evaluator_counts_the_rigged_pair_as_known(tmp_path: Path) -> None:
-    target = rigged_models.cycle_target(tmp_path / "cycle")
-    path = rigged_models.cycle_eagle3(target.path, tmp_path / "eagle3")
-    engine = rigged_models.open_target(target.path)
+@pytest.fixture(scope="module")
+def cycle(tmp_path_factory: pytest.TempPathFactory) -> tuple[RiggedTarget, Trained]:
+    folder = tmp_path_factory.mktemp("rigged")
+    target = rigged_models.cycle_target(folder / "cycle")
+    path = rigged_models.cycle_eagle3(target.path, folder / "eagle3")
     method = METHODS.get("eagle3")(METHODS.get("eagle3").Config())
-    draft = method.restore(read_strict(path, method), engine.weights(device=torch.device("cpu")))
-    result = evaluate(
-        engine.decoder(),
-        method.drafter(draft),
-        [torch.tensor(prompt) for prompt in rigged_models.PROMPTS],
-        method.layout(engine.spec),
+    engine = rigged_models.open_target(target.path)
+    prompts = [torch.tensor(prompt) for prompt in rigged_models.PROMPTS]
+    return target, measure(
+        engine,
+        method,
+        {"vllm": path, "sglang": path},
+        prompts,
+        target=target.path,
         depth=3,
         max_new_tokens=24,
-        temperature=0.0,
-        seed=0,
     )
+
+
+def test_our_evaluator_counts_the_rigged_chain_as_known(
+    cycle: tuple[RiggedTarget, Trained],
+) -> None:
+    target, measured = cycle
+    result = measured.result
     for prompt, said in zip(rigged_models.PROMPTS, result.tokens, strict=True):
         assert tuple(said.tolist()) == target.greedy(prompt, 24)
     assert result.steps.tolist() == [12, 12, 12]
     assert torch.equal(result.round_tokens, 2 * result.rounds)
     assert result.accepted_at.sum(0).tolist() == [int(result.rounds.sum()), 0, 0]
+
+
+def test_what_the_rigs_would_refuse(cycle: tuple[RiggedTarget, Trained]) -> None:
+    target, measured = cycle
+    text = tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)
+    known = Counters(drafts=36, drafted=108, accepted=36, at=(36, 0, 0))
+    check_text(measured, Answers(text, known))
+    check_counters(measured, Answers(text, known))
+    other = ((*text[0][:23], 5), *text[1:])
+    with pytest.raises(AssertionError, match="1 DIFFER; first: prompt 0, token 23"):
+        check_text(measured, Answers(other, known))
+    for counters in (
+        Counters(drafts=36, drafted=108, accepted=35, at=(35, 0, 0)),  # outside the interval
+        Counters(drafts=38, drafted=114, accepted=38, at=(38, 0, 0)),  # too many steps
+        Counters(drafts=36, drafted=72, accepted=36, at=(36, 0)),  # another depth
+        Counters(drafts=36, drafted=108, accepted=36, at=(30, 4, 2)),  # at other positions
+    ):
+        with pytest.raises(AssertionError):
+            check_counters(measured, Answers(text, counters))
+
+
+def test_a_run_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPECFORGE_EXT_DEMO_OUTPUT", str(tmp_path))
+    with pytest.raises(ValueError, match="wanted the output_dir of a finished run, got /"):
+        output_dir(Case("eagle3", depth=4))
 
 
 # --- the stand-in of sgl_kernel ---------------------------------------------------------------

@@ -30,7 +30,7 @@ from specforge_ext.assets import demo_target_path
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.export import write
 from specforge_ext.methods import METHODS
-from specforge_ext.records import DraftVocab
+from specforge_ext.records import DraftCheckpoint, DraftVocab
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 128, 8, 4, 2, 32, 64
 CONSTANT = 77
@@ -98,6 +98,60 @@ def cycle_eagle3(target: Path, path: Path) -> Path:
     return path
 
 
+def constant_dflash(path: Path, *, block_size: int) -> Path:
+    """block_size: slots of a block, the known token's included."""
+    query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    layer = {
+        "input_layernorm": torch.ones(HIDDEN),
+        "post_attention_layernorm": torch.ones(HIDDEN),
+        "self_attn.q_proj": _noise(query, HIDDEN),
+        "self_attn.k_proj": _noise(key, HIDDEN),
+        "self_attn.v_proj": _noise(key, HIDDEN),
+        "self_attn.o_proj": torch.zeros(HIDDEN, query),
+        "self_attn.q_norm": torch.ones(HEAD_DIM),
+        "self_attn.k_norm": torch.ones(HEAD_DIM),
+        "mlp.gate_proj": _noise(FFN, HIDDEN),
+        "mlp.up_proj": _noise(FFN, HIDDEN),
+        "mlp.down_proj": torch.zeros(HIDDEN, FFN),
+    }
+    tensors = {
+        "fc.weight": _noise(HIDDEN, len(DFLASH_LAYERS) * HIDDEN),
+        "hidden_norm.weight": torch.ones(HIDDEN),
+        "norm.weight": torch.ones(HIDDEN),
+    }
+    tensors |= {f"layers.0.{name}.weight": value for name, value in layer.items()}
+    config = {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "vocab_size": open_target("demo").spec.vocab_size,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": 1,
+        "num_target_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "block_size": block_size,
+        "layer_types": ["full_attention"],
+        "dflash_config": {"mask_token_id": MASK, "target_layer_ids": list(DFLASH_LAYERS)},
+    }
+    write(DraftCheckpoint(tensors, config), path)
+    return path
+
+
+def _noise(*shape: int) -> Tensor:
+    return 0.05 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
 def open_target(path: Path | str) -> Engine:
     """Our own engine, in float32."""
     factory = ENGINES.get("hf")
@@ -145,6 +199,8 @@ def _write_target(path: Path, embedding: Tensor, head: Tensor) -> None:
 def main(out: Path) -> None:
     cycle = cycle_target(out / "cycle")
     cycle_eagle3(cycle.path, out / "cycle_eagle3")
+    constant_target(out / "constant")
+    constant_dflash(out / "constant_dflash", block_size=4)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 import specforge_ext
 from rigs.build import BuildFailed, locked, root, run
 from rigs.cases import Case
+from specforge_ext.assets import demo_target_path
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.evaluate import (
     Acceptance,
@@ -48,7 +50,7 @@ class Trained:
     draft, on the same prompts.
     """
 
-    export: dict[str, Path]
+    export: Mapping[str, Path]
     target: Path
     prompts: tuple[tuple[int, ...], ...]
     plain: PlainResult
@@ -58,33 +60,52 @@ class Trained:
 
 @functools.cache
 def trained(case: Case) -> Trained:
+    """Trains it unless that has been done."""
     recipe = load(case.recipe, [*case.assignments, f"output_dir={output_dir(case)}"])
     engine: Engine = ENGINES.get(recipe.engine[0]).open(recipe.engine[1])
-    method: Method = METHODS.get(recipe.method[0])(recipe.method[1])
-    export = {name: _export(recipe.output_dir / "export", name) for name in ("vllm", "sglang")}
+    return measure(
+        engine,
+        METHODS.get(recipe.method[0])(recipe.method[1]),
+        {name: _export(recipe.output_dir / "export", name) for name in ("vllm", "sglang")},
+        _heldout(recipe, engine),
+        target=demo_target_path(),
+        depth=case.depth,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def measure(
+    engine: Engine,
+    method: Method,
+    export: Mapping[str, Path],
+    prompts: Sequence[torch.Tensor],
+    *,
+    target: Path,
+    depth: int,
+    max_new_tokens: int,
+) -> Trained:
+    """Greedy, in the engine's dtype; end tokens end nothing, as in what servers are asked."""
     weights = engine.weights(device=torch.device("cpu"))
     draft = method.restore(read_strict(export["vllm"], method), weights)
-    prompts = _heldout(recipe, engine)
     result = evaluate(
         engine.decoder(),
         method.drafter(draft),
         prompts,
         method.layout(engine.spec),
-        depth=case.depth,
-        max_new_tokens=MAX_NEW_TOKENS,
+        depth=depth,
+        max_new_tokens=max_new_tokens,
         temperature=0.0,
         seed=0,
     )
-    plain = plain_decode(
-        engine.decoder(), prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, seed=0
-    )
     return Trained(
         export=export,
-        target=specforge_ext.assets.demo_target_path(),
+        target=target,
         prompts=tuple(tuple(prompt.tolist()) for prompt in prompts),
-        plain=plain,
+        plain=plain_decode(
+            engine.decoder(), prompts, max_new_tokens=max_new_tokens, temperature=0.0, seed=0
+        ),
         result=result,
-        acceptance=summarise(result, draft=case.name),
+        acceptance=summarise(result, draft=method.name),
     )
 
 
