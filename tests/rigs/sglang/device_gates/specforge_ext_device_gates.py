@@ -1,11 +1,14 @@
 """SGLang plugin for tests: lets its block drafts (DFLASH with Domino, DSPARK) run on the CPU
 engine.
 
-SGLang 0.5.23 refuses them where there is no CUDA, NPU or XPU. Nothing of their computation is
-replaced here, only what keeps them from starting: three refusals of the device, the list of
-attention backends that a draft may use, a word that the CPU's attention backend wants of a verify
-input, and streams. Loaded through the entry point of the folder beside this file, when the folder
-is on PYTHONPATH.
+SGLang 0.5.23 refuses them where there is no CUDA, NPU or XPU. What is lifted here: three refusals
+of the device, the list of attention backends that a draft may use, a word that the CPU's
+attention backend wants of a verify input, and streams. One value is kept from being rounded:
+SGLang casts a block's embeddings to bfloat16 whatever dtype it serves in, which a float32 layer
+cannot take; for a target whose checkpoint is bfloat16 that cast changes nothing. All else is
+SGLang's own.
+
+Loaded through the entry point of the folder beside this file, when the folder is on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ BACKEND = "intel_amx"
 
 RESOLUTION = "sglang.srt.arg_groups.speculative_hook"
 AMX = "sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend"
+RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 DOMINO = "sglang.srt.speculative.domino_utils.validate_domino_runtime"
 
 
@@ -90,6 +94,15 @@ def chain_metadata(original: Callable[..., Any], backend: Any, batch: Any) -> An
     return original(backend, batch)
 
 
+def embeddings_in_own_dtype(
+    original: Callable[..., dict[str, Any]], runner: Any, batch: Any, *rest: Any
+) -> dict[str, Any]:
+    arguments = original(runner, batch, *rest)
+    if batch.input_embeds is not None and batch.replace_embeds is None:
+        arguments["input_embeds"] = batch.input_embeds.to(runner.dtype)
+    return arguments
+
+
 def register() -> None:
     """The entry point."""
     from sglang.srt.arg_groups import choices
@@ -104,5 +117,6 @@ def register() -> None:
         f"{RESOLUTION}._handle_dspark": resolve_dspark,
         f"{AMX}._build_extend_metadata": chain_metadata,
         DOMINO: check_domino,
+        f"{RUNNER}._extend_forward_kwargs": embeddings_in_own_dtype,
     }.items():
         HookRegistry.register(target, hook, HookType.AROUND)
