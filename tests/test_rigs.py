@@ -96,7 +96,12 @@ def test_environments_lie_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch)
 # --- the launcher -----------------------------------------------------------------------------
 
 SERVER = """
-import http.server, signal, subprocess, sys, time
+import http.server, mmap, os, pathlib, signal, subprocess, sys, time
+shared = open(f"/dev/shm/specforge-ext-test-{os.getpid()}", "w+b")
+shared.truncate(4096)
+mapped = mmap.mmap(shared.fileno(), 4096)
+pathlib.Path(os.environ["TMPDIR"], "left").touch()
+print("temporary", os.environ["TMPDIR"], "shared", shared.name)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404)
@@ -130,14 +135,16 @@ def test_nothing_of_a_server_outlives_it(
 ) -> None:
     monkeypatch.setattr(servers, "END_S", 2.0)
     with launch(tmp_path / "log", SERVER, manner) as server:
-        child = int((tmp_path / "log").read_text().split()[1])
-        assert alive(child) and server.get("/health") == ""
+        _, temporary, _, shared, _, child = (tmp_path / "log").read_text().split()[:6]
+        assert alive(int(child)) and server.get("/health") == ""
+        assert Path(temporary, "left").exists() and Path(shared).exists()
         with pytest.raises(
             ServerFailed, match=r"POST http://127.0.0.1:\d+/x: HTTP 500: out of tokens"
         ):
             server.post("/x", {})
     assert server.popen.poll() is not None
-    assert wait_for(lambda: not alive(child), seconds=5.0)
+    assert wait_for(lambda: not alive(int(child)), seconds=5.0)
+    assert not Path(temporary).exists() and not Path(shared).exists()
     with pytest.raises(ServerFailed, match=r"GET .*/health: .*refused"):
         server.get("/health")
 
@@ -152,11 +159,11 @@ def test_a_server_that_ends_before_it_is_ready(tmp_path: Path) -> None:
 
 def test_a_server_that_is_never_ready(tmp_path: Path) -> None:
     with (
-        pytest.raises(ServerFailed, match=r"GET http://.*/ready: not ready within 2 s\n.*\nchild"),
+        pytest.raises(ServerFailed, match=r"/ready: not ready within 2 s\n.*\ntemporary"),
         launch(tmp_path / "log", SERVER, "polite", ready="/ready", start_s=2.0) as server,
     ):
         pytest.fail(f"{server} said that it was ready")
-    child = int((tmp_path / "log").read_text().split()[1])
+    child = int((tmp_path / "log").read_text().split()[5])
     assert wait_for(lambda: not alive(child), seconds=5.0)
 
 

@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -124,25 +125,34 @@ def running(
     ready: str = "/health",
     start_s: float = START_S,
 ) -> Iterator[Process]:
-    """Start `command(port)` and wait until GET `ready` answers 200."""
+    """Start `command(port)` and wait until GET `ready` answers 200.
+
+    Its temporary files are in a directory of its own, which goes with it; so does what it left in
+    shared memory, since servers that are ended do not always clear it away.
+    """
     port, mark = free_port(), uuid.uuid4().hex
     # Not this process's environment: its PYTHONPATH and CUDA settings are none of the server's.
-    inherited = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG")}
-    with log.open("wb") as out:
-        popen = subprocess.Popen(
-            command(port),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**inherited, **environment, MARKER: mark},
-        )
-    server = Process(f"http://127.0.0.1:{port}", log, popen)
-    try:
-        _until_ready(server, ready, start_s)
-        yield server
-    finally:
-        _end(popen, mark)
+    inherited = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    # Not below the log: sockets are made there, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="rig-") as temporary:
+        with log.open("wb") as out:
+            popen = subprocess.Popen(
+                command(port),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**inherited, "TMPDIR": temporary, **environment, MARKER: mark},
+            )
+        server = Process(f"http://127.0.0.1:{port}", log, popen)
+        try:
+            _until_ready(server, ready, start_s)
+            yield server
+        finally:
+            shared = {path for pid in marked(mark) for path in shared_files(pid)}
+            _end(popen, mark)
+            for path in shared:
+                path.unlink(missing_ok=True)
 
 
 def _until_ready(server: Process, path: str, seconds: float) -> None:
@@ -170,9 +180,9 @@ def _answers(url: str) -> bool:
 
 
 def _end(popen: subprocess.Popen[bytes], mark: str) -> None:
-    """SIGTERM, then SIGKILL by pid to whatever carries the mark."""
+    """SIGTERM to the first process, then SIGKILL by pid to whatever carries the mark."""
     if popen.poll() is None:
-        os.killpg(popen.pid, signal.SIGTERM)
+        popen.terminate()
         with suppress(subprocess.TimeoutExpired):
             popen.wait(timeout=END_S)
     until = time.monotonic() + END_S
@@ -195,6 +205,16 @@ def marked(mark: str) -> list[int]:
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return found
+
+
+def shared_files(pid: int) -> set[Path]:
+    """Files of /dev/shm that a process has mapped."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:  # it ended
+        return set()
+    found = re.findall(r" (/dev/shm/\S+)$", maps, re.MULTILINE)
+    return {Path(path) for path in found}
 
 
 def _each(
