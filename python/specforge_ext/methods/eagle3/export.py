@@ -175,6 +175,7 @@ def _shape(config: Mapping[str, object]) -> DraftShape:
             rms_norm_eps=_number(config, "rms_norm_eps"),
         ),
         features_width=hidden * len(_own_layer_ids(config)),
+        num_features=len(_own_layer_ids(config)),
         vocab_size=_count(config, "vocab_size"),
         draft_vocab_size=_count(config, "draft_vocab_size"),
         rope_theta=_number(parameters, "rope_theta"),

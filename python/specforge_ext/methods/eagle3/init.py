@@ -33,7 +33,7 @@ def init_from_target(
 ) -> None:
     """Start as the target's last layer run on the last of the features, under the target's head.
 
-    The projections' embedding half starts at zero. A target's biases are left behind, and its norms
+    Layers after the first add nothing to the residual stream at the start. The projections' embedding half starts at zero. A target's biases are left behind, and its norms
     of queries and keys (Qwen 3) become row scales, right on average over directions of the input.
     ValueError if `weights.last_layer` lacks a tensor or one has another shape than the draft's.
     """
@@ -52,6 +52,9 @@ def init_from_target(
         projection[:, :hidden] = 0
         source.copy(projection[:, hidden:], f"self_attn.{name}_proj.weight")
         source.fold_norm(projection[:, hidden:], name, head_dim=draft.shape.layer.head_dim)
+    for further in draft.stack[1:]:
+        further.self_attn.o_proj.weight.zero_()
+        further.mlp.down_proj.weight.zero_()
     draft.norm.weight.copy_(weights.final_norm)
     draft.lm_head.weight.copy_(weights.lm_head[vocab.target_ids.to(weights.lm_head.device)])
 

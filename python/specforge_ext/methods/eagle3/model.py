@@ -12,9 +12,9 @@ size, F features' width, V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
 from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.nn.attention import OwnKeys, split_attention
-from specforge_ext.nn.layer import FusedInputLayer, LayerShape
+from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, LayerShape, PlainLayer
 from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
 from specforge_ext.ops import DraftLoss, draft_first_permutation, teacher_stats
@@ -33,10 +33,13 @@ from specforge_ext.records import DraftVocab, TargetWeights
 
 @dataclass(frozen=True)
 class DraftShape:
-    """Sizes of a draft. features_width: columns of `aux`; rope_scaling: as in HF configs."""
+    """Sizes of a draft. features_width: columns of `aux`, of num_features layers; rope_scaling: as
+    in HF configs.
+    """
 
     layer: LayerShape
     features_width: int
+    num_features: int
     vocab_size: int
     draft_vocab_size: int
     rope_theta: float
@@ -71,6 +74,27 @@ class Teacher(NamedTuple):
     labelled: Tensor
 
 
+class FeatureNorm(nn.ModuleList):
+    """An RMSNorm of its own for the features of each captured layer (EAGLE-3.1, 2605.09992)."""
+
+    def __init__(self, shape: DraftShape) -> None:
+        eps = shape.layer.rms_norm_eps
+        widths = [shape.features_width // shape.num_features] * shape.num_features
+        super().__init__(RMSNorm(width, eps=eps) for width in widths)
+
+    def forward(self, aux: Tensor) -> Tensor:
+        """[..., F] -> [..., F]."""
+        chunks = aux.chunk(len(self), dim=-1)
+        return torch.cat([norm(chunk) for norm, chunk in zip(self, chunks, strict=True)], dim=-1)
+
+
+class _LayerKeys(NamedTuple):
+    """What a layer's rows attend to: step-0 keys and values, and those of each later step."""
+
+    context: tuple[Tensor, Tensor]
+    own: list[tuple[Tensor, Tensor]]
+
+
 class Eagle3Draft(nn.Module):
     """Parameters carry the names that engines load; what belongs to the target is in buffers.
 
@@ -90,8 +114,13 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config, self.shape = config, shape
         hidden = shape.layer.hidden_size
+        self.fc_norm = FeatureNorm(shape) if config.fc_norm else None
         self.fc = nn.Linear(shape.features_width, hidden, bias=False)
         self.midlayer = FusedInputLayer(shape.layer)
+        # Named as vLLM numbers them: the first layer is `midlayer`, alias `layers.0`.
+        self.layers = nn.ModuleDict(
+            {str(i): PlainLayer(shape.layer) for i in range(1, config.num_layers)}
+        )
         self.norm = RMSNorm(hidden, eps=shape.layer.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, shape.draft_vocab_size, bias=False)
         self.rope = Rope(shape.layer.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling)
@@ -146,29 +175,52 @@ class Eagle3Draft(nn.Module):
         mask[labelled] = (argmax < self.shape.draft_vocab_size).cpu().to(torch.uint8)
         return Teacher(lse=lse, mask=mask, labelled=labelled)
 
+    @property
+    def stack(self) -> tuple[DraftLayer, ...]:
+        """The layers, first to last."""
+        return self.midlayer, *cast("Iterable[PlainLayer]", self.layers.values())
+
     def backbone(
         self, plan: TttPlan, input_ids: Tensor, positions: Tensor, aux: Tensor
     ) -> list[Tensor]:
-        """The hidden states of each step, [n_i, H], not normed."""
-        layer, attn = self.midlayer, self.midlayer.self_attn
-        hidden = self.fuse(aux.index_select(0, plan.context))
-        x = layer.inputs(self.embed(_tokens_at(input_ids, plan.context, 1)), hidden)
-        context = attn.key_value(x, self.rope.tables(positions[plan.context]))
-        own: list[tuple[Tensor, Tensor]] = []
-        states: list[Tensor] = []
-        for i, step in enumerate(plan.steps):
-            hidden = _select(hidden, step.parent)
+        """The last layer's output at each step, [n_i, H], not normed."""
+        hidden, keys = self._first_step(plan, input_ids, positions, aux)
+        states = [hidden]
+        for i, step in enumerate(plan.steps[1:], 1):
+            hidden = _select(self.carry(hidden), step.parent)
+            embedding = self.embed(_tokens_at(input_ids, step.rows, 1 + i))
             tables = self.rope.tables(positions[step.rows] + i)
-            if i:
-                x = layer.inputs(self.embed(_tokens_at(input_ids, step.rows, 1 + i)), hidden)
-                own.append(attn.key_value(x, tables))
-            else:
-                x = _select(x, step.parent)
-            own_keys = [OwnKeys(k, v, r) for (k, v), r in zip(own, step.ancestors, strict=True)]
-            attended = split_attention(attn.query(x, tables), context, step.queries, own_keys)
-            hidden = layer.finish(hidden, attended)
+            for layer, (context, own) in zip(self.stack, keys, strict=True):
+                x = layer.inputs(embedding, hidden)
+                own.append(layer.self_attn.key_value(x, tables))
+                own_keys = [OwnKeys(k, v, r) for (k, v), r in zip(own, step.ancestors, strict=True)]
+                query = layer.self_attn.query(x, tables)
+                attended = split_attention(query, context, step.queries, own_keys)
+                hidden = layer.finish(hidden, attended)
             states.append(hidden)
         return states
+
+    def _first_step(
+        self, plan: TttPlan, input_ids: Tensor, positions: Tensor, aux: Tensor
+    ) -> tuple[Tensor, list[_LayerKeys]]:
+        """Every context row but in the last layer, there the step's rows. Output [n_0, H]."""
+        step = plan.steps[0]
+        hidden = self.fuse(aux.index_select(0, plan.context))
+        embedding = self.embed(_tokens_at(input_ids, plan.context, 1))
+        tables = self.rope.tables(positions[plan.context])
+        keys: list[_LayerKeys] = []
+        for layer in self.stack:
+            x = layer.inputs(embedding, hidden)
+            keys.append(_LayerKeys(layer.self_attn.key_value(x, tables), []))
+            queries = plan.whole
+            if layer is self.stack[-1]:
+                hidden, x, queries = (
+                    _select(hidden, step.parent), _select(x, step.parent), step.queries
+                )  # fmt: skip
+                tables = self.rope.tables(positions[step.rows])
+            query = layer.self_attn.query(x, tables)
+            hidden = layer.finish(hidden, split_attention(query, keys[-1].context, queries, ()))
+        return hidden, keys
 
     def score(
         self,
@@ -195,8 +247,13 @@ class Eagle3Draft(nn.Module):
 
     def fuse(self, aux: Tensor) -> Tensor:
         """Features [..., F] -> the first hidden state [..., H]."""
-        out: Tensor = self.fc(aux.to(self.fc.weight.dtype))
+        aux = aux.to(self.fc.weight.dtype)
+        out: Tensor = self.fc(aux if self.fc_norm is None else self.fc_norm(aux))
         return out
+
+    def carry(self, hidden: Tensor) -> Tensor:
+        """A step's output [..., H] as the next step's input."""
+        return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Un-normed hidden states [..., H] -> [..., Vd]."""
