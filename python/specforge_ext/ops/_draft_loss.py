@@ -211,8 +211,8 @@ def draft_loss_op(
             }
             results = [x[rows] for x in (loss_N, accepted_N, correct_N, top_prob_N, entropy_N)]
             if top_k and teacher_logits is not None:
-                raised = {"top_k": top_k, "top_k_weight": top_k_weight}
-                _top_k_losses(logits, teacher_logits, weight, results, **raised, **options)
+                options |= {"top_k": top_k, "top_k_weight": top_k_weight}
+                _top_k_losses(logits, teacher_logits, weight, results, **options)
             else:
                 _row_losses(logits, teacher_logits, weight, results, **options)
             if wants_hidden_grad:

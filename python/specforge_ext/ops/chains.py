@@ -41,4 +41,4 @@ def cod_chains(
     cu_depths = torch.empty(depths, dtype=torch.int32)
     _C.cod_chains(mask_T, cu_seqlens, sample_keys, seed, step, ratio, min_ratio, anchors, cu_depths)
     sizes = cu_depths.diff().tolist()
-    return anchors[: sum(sizes)].clone().split(sizes) if sizes else ()
+    return torch.split(anchors[: sum(sizes)].clone(), sizes) if sizes else ()

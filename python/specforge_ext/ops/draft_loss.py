@@ -199,7 +199,7 @@ def _check_presence(
             raise ValueError(f"draft_loss: {name} {verb} with {spec}")
     if spec.top_k and (spec.kind != "soft_ce" or spec.hard_weight or spec.top_k < 0):
         raise ValueError(
-            f"draft_loss: top_k must be 0, or positive beside soft_ce without hard_weight, got {spec}"
+            f"draft_loss: top_k must be 0, or positive with soft_ce and no hard_weight, got {spec}"
         )
     if spec.top_k and not spec.top_k_weight > 0:
         raise ValueError(f"draft_loss: top_k_weight must be above 0, got {spec.top_k_weight}")

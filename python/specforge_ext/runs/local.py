@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from specforge_ext import _C, __version__
+from specforge_ext.config import defaults
 from specforge_ext.engines import ENGINES
-from specforge_ext.loader import GlobalStep, Skipped, StepData, Stream, global_steps
+from specforge_ext.loader import GlobalStep, OrderConfig, Skipped, StepData, Stream, global_steps
 from specforge_ext.methods import METHODS, Method
 from specforge_ext.records import DraftVocab, FeatureLayout, TargetWeights
 from specforge_ext.runs.data import Dataset, read_dataset
@@ -160,6 +161,7 @@ def _train(
         output_dir=recipe.output_dir,
         world=world,
         identity=_identity(recipe, dataset, steps),
+        identity_defaults=_identity_defaults(recipe),
     )
     result = trainer.fit()
     world.barrier("the end of training")
@@ -237,6 +239,11 @@ def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict
         "seed": recipe.run.seed,
         "num_steps": len(steps),
     }
+
+
+def _identity_defaults(recipe: Recipe) -> dict[str, Any]:
+    """An option that did not exist when a checkpoint was written was at its default."""
+    return {"method": defaults(type(recipe.method[1])), "order": defaults(OrderConfig)}
 
 
 class SkipLog:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext.methods.base import Method
-from specforge_ext.records import PackedBatch, StepLoss
+from specforge_ext.records import PackedBatch, StepContext, StepLoss
 from specforge_ext.trainer.config import TrainerConfig
 from specforge_ext.trainer.data import StepData
 from specforge_ext.trainer.distributed import World
@@ -141,8 +141,9 @@ class TrainStep:
         """Leaves the gradients of the sum over all ranks in the shards."""
         self._shards.gather()
         losses, weights = [], []
+        at = StepContext(step=data.step, total_steps=self._total_steps, seed=self._config.seed)
         for batch in data.micro_batches:
-            loss = self._micro_batch(batch)
+            loss = self._micro_batch(batch, at)
             losses.append(loss.loss_sum.detach())
             weights.append(loss.weight_sum.detach())
             self._metrics.add(loss)
@@ -153,9 +154,9 @@ class TrainStep:
             grad_squares=_squares(self._optimizer.gradients()),
         )
 
-    def _micro_batch(self, batch: PackedBatch) -> StepLoss:
+    def _micro_batch(self, batch: PackedBatch, at: StepContext) -> StepLoss:
         with self._autocast():
-            loss = self._method.step(self._shards.draft, batch.to(self._world.device))
+            loss = self._method.step(self._shards.draft, batch.to(self._world.device), at)
         # Without a scored token a method may return a constant: nothing to go back through.
         if loss.loss_sum.requires_grad:
             loss.loss_sum.backward()  # type: ignore[no-untyped-call]

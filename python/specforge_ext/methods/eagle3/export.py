@@ -30,6 +30,10 @@ about.
 """
 LAYER_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 """Means the outputs of 0-based layers in SGLang, HF `hidden_states` indices (one more) in vLLM."""
+FURTHER_NORM_NAMES = ("input_layernorm", "hidden_norm")
+"""The norm before the attention of layers after the first: in vLLM (0.32), in SGLang (0.5.23). The
+other engine's key is there in both, and not used, so a checkpoint holds the norm under both names.
+"""
 
 Schema = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
@@ -42,9 +46,19 @@ def to_checkpoint(
         name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
         for name, parameter in draft.named_parameters()
     }
+    for name, alias in _norm_aliases(draft.config.num_layers).items():
+        tensors[alias] = tensors[name].clone()
     if draft.shape.draft_vocab_size < draft.shape.vocab_size:
         tensors["d2t"], tensors["t2d"] = draft.d2t.cpu().clone(), draft.t2d.cpu().clone()
     config = _config(draft.shape, target, dtype)
+    config["num_hidden_layers"] = draft.config.num_layers
+    options = {
+        "fc_norm": (draft.config.fc_norm, False),
+        "norm_output": (draft.config.norm_output, False),
+        "num_aux_hidden_states": (draft.shape.num_features, 3),
+    }
+    # Servers' defaults are left out, as in drafts that are older than these keys.
+    config |= {key: value for key, (value, default) in options.items() if value != default}
     config[OWN_KEY] = {
         "method": "eagle3",
         "aux_layer_ids": list(aux_layer_ids),
@@ -100,10 +114,39 @@ def schema(config: Mapping[str, object]) -> Schema:
         "norm.weight": (hidden,),
         "lm_head.weight": (draft_vocab, hidden),
     }
+    for i in range(1, _count(config, "num_hidden_layers")):
+        shapes |= _plain_layer_shapes(f"layers.{i}", hidden=hidden, ffn=ffn, q=q, kv=kv)
+    if _flag(config, "fc_norm"):
+        names = (f"fc_norm.{i}.weight" for i in range(len(_own_layer_ids(config))))
+        shapes |= dict.fromkeys(names, (hidden,))
     keys: Schema = {name: (shape, None) for name, shape in shapes.items()}
     if draft_vocab < vocab:
         keys["d2t"], keys["t2d"] = ((draft_vocab,), torch.int64), ((vocab,), torch.bool)
     return keys
+
+
+def _norm_aliases(num_layers: int) -> dict[str, str]:
+    """Keys of our norms -> the other names that they are exported under."""
+    ours, theirs = FURTHER_NORM_NAMES
+    layers = range(1, num_layers)
+    return {f"layers.{i}.{ours}.weight": f"layers.{i}.{theirs}.weight" for i in layers}
+
+
+def _plain_layer_shapes(
+    prefix: str, *, hidden: int, ffn: int, q: int, kv: int
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(FURTHER_NORM_NAMES, (hidden,)),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    return {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
 
 
 def from_checkpoint(
@@ -122,6 +165,16 @@ def from_checkpoint(
         raise ValueError(
             f"config.json {OWN_KEY}.aux_layer_ids: wanted {list(wanted_ids)}, got {list(ids)}"
         )
+    for key, asked, came in (
+        ("num_hidden_layers", config.num_layers, _count(stored, "num_hidden_layers")),
+        ("fc_norm", config.fc_norm, _flag(stored, "fc_norm")),
+        ("norm_output", config.norm_output, _flag(stored, "norm_output")),
+    ):
+        if came != asked:
+            raise ValueError(f"config.json {key}: wanted {asked}, got {came}")
+    for name, alias in _norm_aliases(config.num_layers).items():
+        if not torch.equal(checkpoint.tensors[name], checkpoint.tensors[alias]):
+            raise ValueError(f"{alias}: wanted the values of {name}, got others")
     vocab = _vocab(checkpoint)
     draft = Eagle3Draft(config, _shape(stored), weights, vocab)
     names = [name for name, _ in draft.named_parameters()]
@@ -207,6 +260,13 @@ def _count(config: Mapping[str, object], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or value <= 0:
         raise ValueError(f"config.json {key}: wanted a positive count, got {value!r}")
+    return value
+
+
+def _flag(config: Mapping[str, object], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json {key}: wanted true or false, got {value!r}")
     return value
 
 

@@ -33,8 +33,9 @@ def init_from_target(
 ) -> None:
     """Start as the target's last layer run on the last of the features, under the target's head.
 
-    Layers after the first add nothing to the residual stream at the start. The projections' embedding half starts at zero. A target's biases are left behind, and its norms
-    of queries and keys (Qwen 3) become row scales, right on average over directions of the input.
+    Layers after the first add nothing to the residual stream at the start. The projections'
+    embedding half starts at zero. A target's biases are left behind, and its norms of queries and
+    keys (Qwen 3) become row scales, right on average over directions of the input.
     ValueError if `weights.last_layer` lacks a tensor or one has another shape than the draft's.
     """
     layer, hidden = draft.midlayer, draft.shape.layer.hidden_size

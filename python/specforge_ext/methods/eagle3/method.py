@@ -22,6 +22,7 @@ from specforge_ext.records import (
     FeatureSpec,
     PackedBatch,
     Prompt,
+    StepContext,
     StepLoss,
     TargetSpec,
     TargetWeights,
@@ -77,9 +78,9 @@ class Eagle3Method:
         """The feed-forward blocks: most of what a step keeps, [rows, intermediate] three times."""
         return tuple(layer.mlp for layer in _as_eagle3(draft).stack)
 
-    def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
+    def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         """Metrics [L]: loss, accepted (sums over `rows`), correct (over `scored`: loss mask 1),
-        rows, scored.
+        rows, scored. Nothing is drawn, so `at` does not matter.
         """
         sums: TttSums = draft(
             batch.input_ids,
