@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
@@ -90,7 +90,14 @@ def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
     return ids
 
 
-def aux_layer_ids(config: Eagle3Config, target: TargetSpec) -> tuple[int, ...]:
+class FusesLayers(Protocol):
+    """A config that may name the layers of its features."""
+
+    @property
+    def aux_layer_ids(self) -> tuple[int, ...] | None: ...
+
+
+def aux_layer_ids(config: FusesLayers, target: TargetSpec) -> tuple[int, ...]:
     """The features' layers, HF `hidden_states` indices. ValueError if they are not of the
     target.
     """

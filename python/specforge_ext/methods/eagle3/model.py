@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
 from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
 from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
@@ -27,7 +28,7 @@ from specforge_ext.nn.attention import OwnKeys, split_attention
 from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, LayerShape, PlainLayer
 from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
-from specforge_ext.ops import DraftLoss, draft_first_permutation, teacher_stats
+from specforge_ext.ops import DraftLoss
 from specforge_ext.records import DraftVocab, TargetWeights
 
 
@@ -58,19 +59,6 @@ class TttSums(NamedTuple):
     correct: Tensor
     accepted: Tensor
     rows: Tensor
-    labelled: Tensor
-
-
-class Teacher(NamedTuple):
-    """What the target says about the rows with loss mask 1.
-
-    lse: [T] float32, nats, over the full vocabulary at the loss's temperature, 0 elsewhere.
-    mask: [T] uint8, CPU, 1 where the row counts. labelled: [T] bool, CPU, where the loss mask is 1
-    and the sample has a next row.
-    """
-
-    lse: Tensor
-    mask: Tensor
     labelled: Tensor
 
 
@@ -125,7 +113,7 @@ class Eagle3Draft(nn.Module):
         self.lm_head = nn.Linear(hidden, shape.draft_vocab_size, bias=False)
         self.rope = Rope(shape.layer.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling)
         self.register_buffer("embed_tokens", weights.embed_tokens.detach(), persistent=False)
-        self.register_buffer("target_head", _draft_first(weights.lm_head, vocab), persistent=False)
+        self.register_buffer("target_head", draft_first(weights.lm_head, vocab), persistent=False)
         self.register_buffer("t2d", vocab.t2d, persistent=False)
         self.register_buffer("d2t", vocab.d2t, persistent=False)
 
@@ -161,19 +149,16 @@ class Eagle3Draft(nn.Module):
             labelled=labelled.to(aux.device),
         )
 
-    @torch.no_grad()
     def teacher(self, loss_mask: Tensor, last: Tensor, lengths: Sequence[int]) -> Teacher:
         """Reads `last` only where the loss mask of the position before is 1."""
-        labelled = loss_mask.cpu().bool() & ~_last_of_sample(lengths)
-        rows = labelled.nonzero()[:, 0].to(last.device)
-        hidden = last.index_select(0, rows + 1).to(self.target_head.dtype)
-        row_lse, argmax = teacher_stats(
-            hidden, self.target_head, temperature=self.config.temperature
+        return teacher_of(
+            loss_mask,
+            last,
+            lengths,
+            head=self.target_head,
+            draft_vocab_size=self.shape.draft_vocab_size,
+            temperature=self.config.temperature,
         )
-        lse = row_lse.new_zeros(loss_mask.shape[0]).index_copy_(0, rows, row_lse)
-        mask = labelled.to(torch.uint8)
-        mask[labelled] = (argmax < self.shape.draft_vocab_size).cpu().to(torch.uint8)
-        return Teacher(lse=lse, mask=mask, labelled=labelled)
 
     @property
     def stack(self) -> tuple[DraftLayer, ...]:
@@ -188,7 +173,7 @@ class Eagle3Draft(nn.Module):
         states = [hidden]
         for i, step in enumerate(plan.steps[1:], 1):
             hidden = _select(self.carry(hidden), step.parent)
-            embedding = self.embed(_tokens_at(input_ids, step.rows, 1 + i))
+            embedding = self.embed(tokens_at(input_ids, step.rows, 1 + i))
             tables = self.rope.tables(positions[step.rows] + i)
             for layer, (context, own) in zip(self.stack, keys, strict=True):
                 x = layer.inputs(embedding, hidden)
@@ -206,7 +191,7 @@ class Eagle3Draft(nn.Module):
         """Every context row but in the last layer, there the step's rows. Output [n_0, H]."""
         step = plan.steps[0]
         hidden = self.fuse(aux.index_select(0, plan.context))
-        embedding = self.embed(_tokens_at(input_ids, plan.context, 1))
+        embedding = self.embed(tokens_at(input_ids, plan.context, 1))
         tables = self.rope.tables(positions[plan.context])
         keys: list[_LayerKeys] = []
         for layer in self.stack:
@@ -261,32 +246,10 @@ class Eagle3Draft(nn.Module):
         return F.linear(normed.to(self.lm_head.weight.dtype), self.lm_head.weight)
 
 
-def _draft_first(head: Tensor, vocab: DraftVocab) -> Tensor:
-    """Rows of the head [V, H], the draft's tokens first, both parts in ascending order."""
-    if vocab.is_full:
-        return head.detach()
-    return head.detach().index_select(0, draft_first_permutation(vocab.t2d).to(head.device))
-
-
-def _last_of_sample(lengths: Sequence[int]) -> Tensor:
-    """[T] bool, CPU."""
-    out = torch.zeros(sum(lengths), dtype=torch.bool)
-    ends = torch.tensor([n for n in lengths if n], dtype=torch.int64).cumsum(0)
-    out[ends - 1] = True
-    return out
-
-
 def _labelled_per_step(labelled: Tensor, lengths: Sequence[int], ttt_length: int) -> Tensor:
     """[L] float64, CPU: the rows t with labelled[t + i] in the same sample, of each step i."""
     places = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])[labelled]
     return (places[:, None] >= torch.arange(ttt_length)).sum(0).double()
-
-
-def _tokens_at(input_ids: Tensor, rows: Tensor, shift: int) -> Tensor:
-    """Token ids `shift` after each row. Beyond the batch: the last one, for rows that score
-    nothing.
-    """
-    return input_ids.index_select(0, (rows + shift).clamp_max(input_ids.shape[0] - 1))
 
 
 def _select(x: Tensor, rows: Tensor | None) -> Tensor:
