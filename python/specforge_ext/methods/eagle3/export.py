@@ -116,6 +116,8 @@ def schema(config: Mapping[str, object]) -> Schema:
     }
     for i in range(1, count(config, "num_hidden_layers")):
         shapes |= plain_layer_shapes(f"layers.{i}", hidden=hidden, ffn=ffn, q=q, kv=kv)
+    aliases = _norm_aliases(count(config, "num_hidden_layers"))
+    shapes |= dict.fromkeys(aliases.values(), (hidden,))
     if _flag(config, "fc_norm"):
         names = (f"fc_norm.{i}.weight" for i in range(len(own_layer_ids(config))))
         shapes |= dict.fromkeys(names, (hidden,))
@@ -136,7 +138,7 @@ def plain_layer_shapes(
     prefix: str, *, hidden: int, ffn: int, q: int, kv: int
 ) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(FURTHER_NORM_NAMES, (hidden,)),
+        "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
