@@ -19,6 +19,8 @@ from specforge_ext.methods.eagle3.export import engine_configs
 from specforge_ext.methods.eagle3.model import Eagle3Draft
 from specforge_ext.ops import RowLoss, reference
 from specforge_ext.records import DraftCheckpoint, PackedBatch, StepLoss, TargetWeights
+from specforge_ext.runs.local import _identity_defaults
+from specforge_ext.runs.recipe import load
 from specforge_ext.trainer.loop import check_identity
 
 ALL = {"num_layers": 3, "fc_norm": True, "norm_output": True}
@@ -465,6 +467,7 @@ def test_checkpoints_older_than_an_option_resume() -> None:
     ours = Eagle3Config(ttt_length=5).model_dump(mode="json")
     known = {"method": defaults(Eagle3Config)}
     check_identity(here, {"method": older}, {"method": ours}, when_absent=known)
+    assert _identity_defaults(load("demo", []))["method"] == known["method"]
     with pytest.raises(ValueError, match="wanted fc_norm = True, got False"):
         changed = {"method": {**ours, "fc_norm": True}}
         check_identity(here, {"method": older}, changed, when_absent=known)
