@@ -14,12 +14,22 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from specforge_ext import ops
 from specforge_ext.config import Config
 from specforge_ext.loader.order import GlobalStep, OrderConfig, micro_batches
 from specforge_ext.loader.source import Delivery, FeatureLink, Skipped
-from specforge_ext.records import FeatureLayout, PackedBatch, Prompt, Sample, SampleRef
+from specforge_ext.records import (
+    DTYPES,
+    EncodedFeature,
+    FeatureLayout,
+    PackedBatch,
+    Prompt,
+    Sample,
+    SampleRef,
+    StoredSample,
+)
 from specforge_ext.store.base import StoreReader, TransferTimeout
 
 log = logging.getLogger(__name__)
@@ -244,13 +254,19 @@ def is_verified(ref: SampleRef, verify: str) -> bool:
     return zlib.crc32(f"{ref.sample_id}/{ref.generation}".encode()) % VERIFY_EVERY == 0
 
 
-def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
-    """One packed batch of samples that lie anywhere on the host; every byte is copied once."""
+def pack(samples: Sequence[Sample | StoredSample], layout: FeatureLayout) -> PackedBatch:
+    """One packed batch of samples that lie anywhere on the host; every byte is read once.
+
+    Encoded features are decoded on their way, to the dtype that the layout says.
+    """
     names = [spec.name for spec in layout.features]
+    found = [[_codes_and_scales(s.features[name]) for name in names] for s in samples]
     input_ids, loss_mask, positions, cu_seqlens, features = ops.pack_samples(
         [s.prompt.input_ids for s in samples],
         [s.prompt.loss_mask for s in samples],
-        [[s.features[name] for name in names] for s in samples],
+        [[values for values, _ in row] for row in found],
+        scales=[[scales for _, scales in row] for row in found],
+        dtype=[DTYPES[spec.dtype] for spec in layout.features],
         pin_memory=torch.cuda.is_available(),
     )
     return PackedBatch(
@@ -264,7 +280,13 @@ def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
     )
 
 
-def _check_same(sample: Sample, prompt: Prompt) -> None:
+def _codes_and_scales(feature: Tensor | EncodedFeature) -> tuple[Tensor, Tensor | None]:
+    if isinstance(feature, EncodedFeature):
+        return feature.codes, feature.scales
+    return feature, None
+
+
+def _check_same(sample: StoredSample, prompt: Prompt) -> None:
     """Features of other tokens than the prompt's would train silently; refuse them by name."""
     if not sample.prompt.input_ids.equal(prompt.input_ids):
         raise ValueError(
