@@ -73,11 +73,12 @@ def _label_loss(
     grad_NH = torch.empty_like(
         hidden_NH if wants_grad else hidden_NH[:0], memory_format=torch.contiguous_format
     )
-    loss_N, unused_N = hidden_NH.new_empty((2, num_rows), dtype=torch.float32).unbind()
+    loss_N = hidden_NH.new_empty(num_rows, dtype=torch.float32)
     correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
     most_rows = max((chunk.num_rows for chunk in chunks), default=0)
     logits_CV = empty_buffer(hidden_NH, (most_rows, vocab), dtype)
     ones_C = hidden_NH.new_ones(most_rows, dtype=torch.float32)
+    unused_C = [torch.empty_like(ones_C) for _ in range(3)]
     index_C = torch.arange(most_rows, dtype=torch.int32, device=hidden_NH.device)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         for chunk in chunks:
@@ -90,10 +91,10 @@ def _label_loss(
                 index_C[:count],
                 ones_C[:count],
                 loss_N[rows],
-                unused_N[rows],
+                unused_C[0][:count],
                 correct_N[rows],
-                torch.empty_like(unused_N[rows]),
-                torch.empty_like(unused_N[rows]),
+                unused_C[1][:count],
+                unused_C[2][:count],
                 kind="hard_ce",
                 temperature=1.0,
                 beta=0.5,

@@ -34,6 +34,8 @@ class BlockConfig(Config):
         block_size, because engines apply it to the block too.
     mask_token_id: the token that stands at the masked slots; None: see `mask_token_id`.
     gamma: slots weigh exp(-distance / gamma) in the loss, the first predicted one 1; None: all 1.
+    warm_start: "none", or "target": every layer starts as the target's last decoder layer, reading
+        the last of the features.
     intermediate_size, num_heads, num_kv_heads, head_dim: of the draft's layers, counts.
     """
 
@@ -45,6 +47,7 @@ class BlockConfig(Config):
     sliding_window: Positive | None = None
     mask_token_id: Annotated[int, Field(ge=0)] | None = None
     gamma: Annotated[float, Field(gt=0)] | None = None
+    warm_start: Literal["none", "target"] = "none"
     intermediate_size: Positive | None = None
     num_heads: Positive | None = None
     num_kv_heads: Positive | None = None

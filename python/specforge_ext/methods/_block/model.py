@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,17 +172,3 @@ class BlockBackbone(nn.Module):
     def logits(self, normed: Tensor) -> Tensor:
         """[..., H] -> [..., V], the target's head."""
         return F.linear(normed, self.target_head)
-
-
-def new_backbone_weights(draft: nn.Module, *, seed: int, std: float = 0.02) -> None:
-    """Matrices from N(0, std), HF's `initializer_range`; vectors, the norms, are one.
-
-    The same seed gives the same weights.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            if parameter.dim() == 1:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=std, generator=generator)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from specforge_ext.methods._block import export
 from specforge_ext.methods._block.config import FEATURE, feature_layout
-from specforge_ext.methods._block.model import BlockShape, new_backbone_weights
+from specforge_ext.methods._block.init import init_from_target, init_random
+from specforge_ext.methods._block.model import BlockShape
 from specforge_ext.methods._block.objective import (
     RATIOS,
     dpace_weight,
@@ -57,7 +58,9 @@ class DFlashMethod:
                 f"head is used), got {vocab.size} of {vocab.t2d.numel()}"
             )
         draft = DFlashDraft(BlockShape.of(self.config, weights), weights)
-        new_backbone_weights(draft, seed=seed)
+        init_random(draft, seed=seed)
+        if self.config.warm_start == "target":
+            init_from_target(draft, weights)
         return draft.to(weights.embed_tokens.device)
 
     def vocab(self, prompts: Iterable[Prompt], target: TargetSpec) -> DraftVocab:
