@@ -39,6 +39,8 @@ def build(
     method = DominoMethod(DominoConfig.model_validate({**base, **config}))
     draft = method.build(weights, DraftVocab.full(VOCAB), seed=1)
     block_cases.shake(draft)
+    for part in (draft.prefix_gru, draft.embed_proj):
+        block_cases.shake(part, 0.8)
     return method, draft, weights
 
 
