@@ -2,9 +2,9 @@
 engine.
 
 SGLang 0.5.23 refuses them where there is no CUDA, NPU or XPU. What is lifted here: three refusals
-of the device, the list of attention backends that a draft may use, a word that the CPU's
-attention backend wants of a verify input, and streams. One value is kept from being rounded:
-SGLang casts a block's embeddings to bfloat16 whatever dtype it serves in, which a float32 layer
+of the device, and Domino's of other dtypes than bfloat16; the list of attention backends that a
+draft may use, a word that the CPU's attention backend wants of a verify input, and streams. One
+value is kept from being rounded: SGLang casts a block's embeddings to bfloat16 whatever dtype it serves in, which a float32 layer
 cannot take; for a target whose checkpoint is bfloat16 that cast changes nothing. All else is
 SGLang's own.
 
@@ -13,6 +13,7 @@ Loaded through the entry point of the folder beside this file, when the folder i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,8 +84,10 @@ def resolve_dspark(original: Callable[..., None], server_args: Any) -> None:
 
 
 def check_domino(original: Callable[..., None], *, device: torch.device, **rest: Any) -> None:
-    """All of the check but the device."""
-    original(device=torch.device("cuda"), **rest)
+    """All of the check but the device and the dtype: bfloat16 copies of the modules are checked."""
+    modules = ("target_embedding", "lm_head", "prefix_gru", "embed_proj")
+    rounded = {name: copy.deepcopy(rest[name]).bfloat16() for name in modules}
+    original(device=torch.device("cuda"), **{**rest, **rounded})
 
 
 def chain_metadata(original: Callable[..., Any], backend: Any, batch: Any) -> Any:
