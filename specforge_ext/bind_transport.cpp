@@ -104,13 +104,31 @@ py::buffer_info bytes_of(const std::byte* data, uint64_t nbytes) {
 
 uintptr_t address(const void* data) { return reinterpret_cast<uintptr_t>(data); }
 
-// Where a network engine registers: slots first, then the payload. (address, nbytes) each.
-py::typing::List<py::typing::Tuple<py::int_, py::int_>> regions(const Producer& self) {
+// Where an engine or a device registers: slots first, then the payload. (address, nbytes) each.
+template <typename Side>
+py::typing::List<py::typing::Tuple<py::int_, py::int_>> regions(const Side& self) {
   const Mapping& mapping = *self.mapping();
   py::typing::List<py::typing::Tuple<py::int_, py::int_>> out;
   out.append(py::make_tuple(address(&mapping.header()), mapping.fixed().control_bytes));
   out.append(py::make_tuple(address(mapping.payload()), mapping.fixed().payload_bytes));
   return out;
+}
+
+// The last view may be dropped by any thread.
+void before_unmap(Consumer& self, py::typing::Callable<void()> call) {
+  const std::shared_ptr<py::function> held(new py::function(std::move(call)),
+                                           [](py::function* function) {
+                                             const py::gil_scoped_acquire locked;
+                                             delete function;
+                                           });
+  self.mapping()->before_unmap([held] {
+    const py::gil_scoped_acquire locked;
+    try {
+      (*held)();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("specforge_ext arena, before it is unmapped");
+    }
+  });
 }
 
 void bind_producer(py::module_& m) {
@@ -142,7 +160,7 @@ void bind_producer(py::module_& m) {
                              [](const Producer& self) { return self.mapping()->address().text(); })
       .def_property_readonly("epoch",
                              [](const Producer& self) { return self.mapping()->fixed().epoch; })
-      .def_property_readonly("regions", &regions,
+      .def_property_readonly("regions", &regions<Producer>,
                              "(address, nbytes) of the slots' pages and of the payload.")
       .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout_s"),
            "A writable slot. Waits without the GIL. StoreFull, TransferTimeout.")
@@ -181,6 +199,10 @@ void bind_consumer(py::module_& m) {
       .def_property_readonly("epoch",
                              [](const Consumer& self) { return self.mapping()->fixed().epoch; })
       .def_property_readonly("producer_alive", &Consumer::producer_alive)
+      .def_property_readonly("regions", &regions<Consumer>,
+                             "(address, nbytes) of the slots' pages and of the payload.")
+      .def("before_unmap", &before_unmap, py::arg("call"),
+           "Called once, when the last lease and this reader are gone.")
       .def("reap", &Consumer::reap, py::call_guard<py::gil_scoped_release>(),
            "Free the slots an ended producer was writing; how many they were.")
       .def(

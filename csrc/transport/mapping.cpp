@@ -224,6 +224,9 @@ void Mapping::map(int payload_protection) {
 }
 
 Mapping::~Mapping() {
+  if (in_owning_process()) {
+    for (const auto& call : before_unmap_) call();
+  }
   if (payload_ != nullptr) ::munmap(payload_, fixed_.payload_bytes);
   if (control_ != nullptr) ::munmap(control_, fixed_.control_bytes);
 }

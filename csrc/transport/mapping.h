@@ -5,8 +5,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "transport/file_descriptor.h"
 #include "transport/layout.h"
@@ -73,6 +75,10 @@ class Mapping {
   // A forked child has the memory but not the leases: it must touch neither.
   bool in_owning_process() const;
 
+  // Called once, after the last view of the payload is gone and before its pages are: for who has
+  // registered them with a device. Not in a forked child. Must not throw.
+  void before_unmap(std::function<void()> call) { before_unmap_.push_back(std::move(call)); }
+
   // Adds one to `room` and wakes the producer's waiting threads.
   void signal_room() const;
 
@@ -88,6 +94,7 @@ class Mapping {
   uint64_t reader_identity_ = 0;
   std::byte* control_ = nullptr;
   std::byte* payload_ = nullptr;
+  std::vector<std::function<void()>> before_unmap_;
 };
 
 }  // namespace sf

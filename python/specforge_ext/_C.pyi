@@ -134,6 +134,10 @@ class ArenaConsumer:
         slot: typing.SupportsInt | typing.SupportsIndex,
         generation: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
+    def before_unmap(self, call: collections.abc.Callable[[], None]) -> None:
+        """
+        Called once, when the last lease and this reader are gone.
+        """
     def lease(
         self,
         slot: typing.SupportsInt | typing.SupportsIndex,
@@ -150,6 +154,11 @@ class ArenaConsumer:
     def epoch(self) -> int: ...
     @property
     def producer_alive(self) -> bool: ...
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """
+        (address, nbytes) of the slots' pages and of the payload.
+        """
 
 def advise_huge_pages(tensor: torch.Tensor) -> None: ...
 def available_isas() -> list[str]: ...
