@@ -80,22 +80,6 @@ std::unique_ptr<Reservation> acquire(Producer& self, uint64_t nbytes, double tim
   }));
 }
 
-py::typing::Dict<py::str, py::int_> stats(Producer& self) {
-  const ArenaStats now = self.stats();
-  const auto count = [&](SlotState state) { return now.slots[static_cast<uint8_t>(state)]; };
-  py::typing::Dict<py::str, py::int_> out;
-  out["capacity_bytes"] = now.capacity_bytes;
-  out["used_bytes"] = now.used_bytes;
-  out["largest_free_bytes"] = now.largest_free_bytes;
-  out["slots_free"] = count(SlotState::kFree);
-  out["slots_writing"] = count(SlotState::kWriting);
-  out["slots_ready"] = count(SlotState::kReady);
-  out["slots_leased"] = count(SlotState::kLeased);
-  out["slots_draining"] = count(SlotState::kDraining);
-  out["num_readers"] = now.num_consumers;
-  return out;
-}
-
 py::buffer_info bytes_of(const std::byte* data, uint64_t nbytes) {
   // Never marked read-only, for torch knows no such tensors and warns. A write through a reader's
   // view faults, because the pages are.
@@ -180,7 +164,7 @@ void bind_producer(py::module_& m) {
           py::arg("path"), "Let readers in at a unix socket as well; its address for them.")
       .def("reap", &Producer::reap, py::call_guard<py::gil_scoped_release>(),
            "Return the leases of ended readers; the number of those readers.")
-      .def("stats", &stats);
+      .def("stats", &arena_stats);
 }
 
 void bind_consumer(py::module_& m) {
@@ -221,6 +205,22 @@ void bind_consumer(py::module_& m) {
 }
 
 }  // namespace
+
+py::typing::Dict<py::str, py::int_> arena_stats(Producer& self) {
+  const ArenaStats now = self.stats();
+  const auto count = [&](SlotState state) { return now.slots[static_cast<uint8_t>(state)]; };
+  py::typing::Dict<py::str, py::int_> out;
+  out["capacity_bytes"] = now.capacity_bytes;
+  out["used_bytes"] = now.used_bytes;
+  out["largest_free_bytes"] = now.largest_free_bytes;
+  out["slots_free"] = count(SlotState::kFree);
+  out["slots_writing"] = count(SlotState::kWriting);
+  out["slots_ready"] = count(SlotState::kReady);
+  out["slots_leased"] = count(SlotState::kLeased);
+  out["slots_draining"] = count(SlotState::kDraining);
+  out["num_readers"] = now.num_consumers;
+  return out;
+}
 
 void bind_transport(py::module_& m) {
   py::register_exception_translator(&translate);

@@ -15,11 +15,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import fake_cuda  # noqa: F401 - in processes that tests start it installs itself
+from specforge_ext import _C
 from specforge_ext.records import SampleRef
-from specforge_ext.store import STORES
+from specforge_ext.store import STORES, cuda_ipc
 from specforge_ext.store.base import StaleRef
 
-KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p")
+KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p", "cuda_ipc")
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Opened:
 
     def writer(self, capacity_bytes: int, **more: Any) -> Any:
         store = STORES.get(self.kind)
-        config = store.Config(capacity_bytes=capacity_bytes, **self.settings, **more)
+        config = store.Config(capacity_bytes=capacity_bytes, **{**self.settings, **more})
         return self._take(repr((self.kind, config)), lambda: store.writer(config))
 
     def reader(self, writer: Any) -> Any:
@@ -106,6 +110,14 @@ def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int) -> None:
     flip_in_arena(writer._shm, ref, at)
 
 
+def flip_on_gpu(writer: Any, ref: SampleRef, at: int) -> None:
+    reader = _C.DeviceArenaConsumer(cuda_ipc.current_device(), writer.address())
+    whole = cuda_ipc.device_bytes(reader.lease(ref.slot, ref.generation))
+    whole[at] ^= 1 << (at % 8)
+    if whole.is_cuda:
+        torch.cuda.synchronize()
+
+
 def flip_in_folder(writer: Any, ref: SampleRef, at: int) -> None:
     _, epoch, base = writer.address().split(":", 2)
     path = Path(base) / epoch / f"{ref.slot:08x}-{ref.generation:010x}"
@@ -130,6 +142,7 @@ FLIP: dict[str, Callable[[Any, SampleRef, int], None]] = {
     "shared_dir": flip_in_folder,
     "mooncake_p2p": flip_in_registered_arena,
     "mooncake_store": flip_in_mooncake,
+    "cuda_ipc": flip_on_gpu,
 }
 
 

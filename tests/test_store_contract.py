@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import fake_cuda
 from specforge_ext.records import DTYPES, Sample, SampleRef
 from specforge_ext.store import STORES, mooncake
 from specforge_ext.store.base import (
@@ -64,8 +65,16 @@ def opened(
     tmp_path: Path,
     master: str | None,
     kept: dict[object, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Opened]:
     settings: dict[str, Any] = {}
+    if request.param == "cuda_ipc":
+        settings["checksum"] = True
+        if not torch.cuda.is_available():  # then on a driver made of memfds
+            if fake_cuda.real_driver():
+                pytest.skip("a CUDA driver without a GPU that torch can use")
+            monkeypatch.setenv(fake_cuda.WANTED, "1")
+            fake_cuda.install(monkeypatch.setattr)
     reason = STORES.get(request.param).unavailable()
     if reason is not None:
         pytest.skip(reason)
@@ -111,7 +120,7 @@ def test_says_what_it_is(opened: Opened) -> None:
     reader = opened.reader(writer)
     assert writer.capabilities() == reader.capabilities()
     assert writer.capabilities().kind == opened.kind
-    assert writer.capabilities().protocol in ("memory", "file", "tcp")
+    assert writer.capabilities().protocol in ("memory", "file", "tcp", "cuda")
     assert writer.capabilities().describe().startswith(f"{opened.kind} over ")
     assert writer.capacity_bytes == writer.health().capacity_bytes == SMALL
     assert STORES.get(opened.kind).unavailable() is None

@@ -10,10 +10,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from specforge_ext import ops
 from specforge_ext.config import Config
@@ -245,14 +246,54 @@ def is_verified(ref: SampleRef, verify: str) -> bool:
 
 
 def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
-    """One packed batch of samples that lie anywhere on the host; every byte is copied once."""
+    """One packed batch of samples that lie anywhere on the host; every byte is copied once.
+
+    Of features on a GPU the batch is made there; nothing reads the samples any more when this
+    returns.
+    """
     names = [spec.name for spec in layout.features]
-    input_ids, loss_mask, positions, cu_seqlens, features = ops.pack_samples(
+    places = {tensor.device for s in samples for tensor in s.features.values() if tensor.is_cuda}
+    if places:
+        return _pack_on_gpu(samples, names, places.pop())
+    packed = ops.pack_samples(
         [s.prompt.input_ids for s in samples],
         [s.prompt.loss_mask for s in samples],
         [[s.features[name] for name in names] for s in samples],
         pin_memory=torch.cuda.is_available(),
     )
+    return _batch(samples, names, packed)
+
+
+def _pack_on_gpu(
+    samples: Sequence[Sample], names: Sequence[str], place: torch.device
+) -> PackedBatch:
+    # A stream of its own: the wait at its end is not for the steps that train meanwhile.
+    stream: torch.cuda.Stream = _new_stream(place)
+    with torch.cuda.stream(stream):
+        input_ids, loss_mask, positions, cu_seqlens, features = ops.pack_samples(
+            [s.prompt.input_ids.to(place) for s in samples],
+            [s.prompt.loss_mask.to(place) for s in samples],
+            [[s.features[name] for name in names] for s in samples],
+            device=place,
+        )
+    # The caching allocator must not give their memory to this stream again while another reads it.
+    for tensor in (input_ids, loss_mask, positions, cu_seqlens, *features):
+        tensor.record_stream(torch.cuda.default_stream(place))
+    stream.synchronize()
+    return _batch(samples, names, (input_ids, loss_mask, positions, cu_seqlens, features))
+
+
+def _new_stream(place: torch.device) -> Any:
+    cuda: Any = torch.cuda  # its classes have no types
+    return cuda.Stream(place)
+
+
+def _batch(
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    packed: tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]],
+) -> PackedBatch:
+    input_ids, loss_mask, positions, cu_seqlens, features = packed
     return PackedBatch(
         sample_ids=tuple(s.prompt.sample_id for s in samples),
         lengths=tuple(len(s.prompt) for s in samples),

@@ -206,9 +206,10 @@ class Producer:
         return {"op": "refs", "step": request.step, "refs": texts, "skipped": skipped}
 
     def _put(self, sample: Sample) -> SampleRef:
-        on_host = Sample(sample.prompt, {k: v.cpu() for k, v in sample.features.items()})
+        if not self._writer.capabilities().on_gpu:
+            sample = Sample(sample.prompt, {k: v.cpu() for k, v in sample.features.items()})
         return self._writer.put(
-            on_host, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
+            sample, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
         )
 
     def _samples(self, request: Request) -> Iterator[Sample]:

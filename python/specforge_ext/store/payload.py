@@ -6,9 +6,9 @@ SampleRef. S is the number of tokens of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Extent(Protocol):
 class SampleLease:
     """Ends when `release` was called (or the lease dropped) and no view of it lives any more."""
 
-    def __init__(self, extent: Extent, ref: SampleRef) -> None:
-        tensors = views(extent, ref)
+    def __init__(self, extent: Extent, ref: SampleRef, tensors: dict[str, Tensor]) -> None:
+        """tensors: of the ref, by name; the caller's own dictionary no more."""
         prompt = Prompt(ref.sample_id, tensors.pop("input_ids"), tensors.pop("loss_mask"))
         self._sample_id = ref.sample_id
         # A sample without a single byte has no view that would keep the extent.
@@ -63,16 +63,20 @@ class SampleLease:
         self.release()
 
 
-def tensors_of(sample: Sample) -> dict[str, Tensor]:
-    """All tensors of a sample by name. ValueError for those that cannot travel."""
+def tensors_of(sample: Sample, *, on_gpu: bool = False) -> dict[str, Tensor]:
+    """All tensors of a sample by name. ValueError for those that cannot travel.
+
+    on_gpu: features may be on a GPU; a prompt is always on the CPU.
+    """
     prompt = {"input_ids": sample.prompt.input_ids, "loss_mask": sample.prompt.loss_mask}
     if clash := prompt.keys() & sample.features.keys():
         raise ValueError(f"Sample.features: wanted no name of the prompt's, got {sorted(clash)}")
     for name, tensor in sample.features.items():
-        if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
+        on_cpu = tensor.device.type == "cpu"
+        if not (on_cpu or (on_gpu and tensor.is_cuda)) or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(
-                f"Sample.features[{name!r}]: wanted one of {sorted(DTYPES)} on the CPU, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"Sample.features[{name!r}]: wanted one of {sorted(DTYPES)} on the CPU"
+                f"{' or a GPU' if on_gpu else ''}, got {tensor.dtype} on {tensor.device}"
             )
     return {**prompt, **sample.features}
 
@@ -145,13 +149,22 @@ def expect_layout(ref: SampleRef, layout_hash: str) -> None:
         )
 
 
-def lease(extent: Extent, ref: SampleRef, *, verify: bool) -> SampleLease:
-    """The sample whose bytes lie in an extent. CorruptFeature names what is wrong with them."""
+def lease(
+    extent: Extent,
+    ref: SampleRef,
+    *,
+    verify: bool,
+    views_of: Callable[[Any, SampleRef], dict[str, Tensor]] | None = None,
+) -> SampleLease:
+    """The sample whose bytes lie in an extent. CorruptFeature names what is wrong with them.
+
+    views_of: makes its tensors, prompt on the CPU; None: `views`, of a buffer.
+    """
     fault = find_fault(extent, ref, verify=verify)
     if fault is not None:
         del extent  # else it would live as long as the error's traceback
         raise CorruptFeature(f"sample {ref.sample_id!r}: {fault}")
-    return SampleLease(extent, ref)
+    return SampleLease(extent, ref, (views_of or views)(extent, ref))
 
 
 def find_fault(extent: Extent, ref: SampleRef, *, verify: bool) -> str | None:
@@ -172,6 +185,12 @@ def _bad_sum(extent: Extent, tensor: TensorRef) -> str | None:
 def views(extent: object, ref: SampleRef) -> dict[str, Tensor]:
     """Every tensor of a sample, without a copy; each keeps the extent."""
     return {tensor.name: _view(extent, tensor) for tensor in ref.tensors}
+
+
+def cut(whole: Tensor, ref: TensorRef) -> Tensor:
+    """One tensor of a sample whose bytes are the uint8 tensor `whole`, on whatever device."""
+    bytes_ = whole[ref.offset : ref.offset + ref.nbytes]
+    return bytes_.view(DTYPES[ref.dtype]).view(ref.shape)
 
 
 def _view(extent: object, ref: TensorRef) -> Tensor:
