@@ -64,7 +64,7 @@ def install(set_attribute: Callable[[object, str, object], None]) -> ctypes.CDLL
     """Let cuda_ipc use it: its memory is the CPU's to torch. set_attribute: setattr, or one that is
     undone."""
     set_attribute(cuda_ipc, "unavailable", lambda: None)
-    set_attribute(cuda_ipc, "current_device", lambda: 0)
+    set_attribute(cuda_ipc, "use_device", lambda ordinal: ordinal or 0)
     set_attribute(cuda_ipc, "DLPACK_DEVICE", K_DL_CPU)
     return load()
 

@@ -111,7 +111,7 @@ def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int) -> None:
 
 
 def flip_on_gpu(writer: Any, ref: SampleRef, at: int) -> None:
-    reader = _C.DeviceArenaConsumer(cuda_ipc.current_device(), writer.address())
+    reader = _C.DeviceArenaConsumer(cuda_ipc.use_device(None), writer.address())
     whole = cuda_ipc.device_bytes(reader.lease(ref.slot, ref.generation))
     whole[at] ^= 1 << (at % 8)
     if whole.is_cuda:

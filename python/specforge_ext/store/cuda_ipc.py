@@ -15,7 +15,6 @@ import tempfile
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -101,10 +100,9 @@ class CudaIpcWriter:
 
     def __init__(self, config: CudaIpcConfig) -> None:
         _expect_available()
-        device = current_device() if config.device is None else config.device
         self._checksum = config.checksum
         self._open_arena: _C.DeviceArenaProducer | None = _C.DeviceArenaProducer(
-            device,
+            use_device(config.device),
             config.capacity_bytes,
             config.max_slots,
             high_watermark=config.high_watermark,
@@ -183,7 +181,7 @@ class CudaIpcReader:
     def __init__(self, address: str) -> None:
         _expect_available()
         self._open_arena: _C.DeviceArenaConsumer | None = _C.DeviceArenaConsumer(
-            current_device(), address
+            use_device(None), address
         )
         self._store = _store_id(self._arena.epoch)
 
@@ -244,11 +242,11 @@ def device_bytes(slot: _C.DeviceArenaReservation | _C.DeviceArenaLease) -> Tenso
     return whole
 
 
-def current_device() -> int:
-    """Makes sure that the device has a context, in which its memory can be mapped."""
-    cuda: Any = torch.cuda  # parts of it have no types
-    cuda.init()
-    return int(cuda.current_device())
+def use_device(ordinal: int | None) -> int:
+    """That device, or torch's current one, with a context, in which memory can be mapped."""
+    device = torch.cuda.current_device() if ordinal is None else ordinal
+    torch.cuda.synchronize(device)
+    return device
 
 
 def _views(extent: _Extent, ref: SampleRef) -> dict[str, Tensor]:
