@@ -248,52 +248,15 @@ def is_verified(ref: SampleRef, verify: str) -> bool:
 def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
     """One packed batch of samples that lie anywhere on the host; every byte is copied once.
 
-    Of features on a GPU the batch is made there; nothing reads the samples any more when this
-    returns.
+    Of features on a GPU the batch is made there. Nothing reads the samples when this has returned.
     """
     names = [spec.name for spec in layout.features]
-    places = {tensor.device for s in samples for tensor in s.features.values() if tensor.is_cuda}
-    if places:
-        return _pack_on_gpu(samples, names, places.pop())
-    packed = ops.pack_samples(
+    input_ids, loss_mask, positions, cu_seqlens, features = _gather(
         [s.prompt.input_ids for s in samples],
         [s.prompt.loss_mask for s in samples],
         [[s.features[name] for name in names] for s in samples],
         pin_memory=torch.cuda.is_available(),
     )
-    return _batch(samples, names, packed)
-
-
-def _pack_on_gpu(
-    samples: Sequence[Sample], names: Sequence[str], place: torch.device
-) -> PackedBatch:
-    # A stream of its own: the wait at its end is not for the steps that train meanwhile.
-    stream: torch.cuda.Stream = _new_stream(place)
-    with torch.cuda.stream(stream):
-        input_ids, loss_mask, positions, cu_seqlens, features = ops.pack_samples(
-            [s.prompt.input_ids.to(place) for s in samples],
-            [s.prompt.loss_mask.to(place) for s in samples],
-            [[s.features[name] for name in names] for s in samples],
-            device=place,
-        )
-    # The caching allocator must not give their memory to this stream again while another reads it.
-    for tensor in (input_ids, loss_mask, positions, cu_seqlens, *features):
-        tensor.record_stream(torch.cuda.default_stream(place))
-    stream.synchronize()
-    return _batch(samples, names, (input_ids, loss_mask, positions, cu_seqlens, features))
-
-
-def _new_stream(place: torch.device) -> Any:
-    cuda: Any = torch.cuda  # its classes have no types
-    return cuda.Stream(place)
-
-
-def _batch(
-    samples: Sequence[Sample],
-    names: Sequence[str],
-    packed: tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]],
-) -> PackedBatch:
-    input_ids, loss_mask, positions, cu_seqlens, features = packed
     return PackedBatch(
         sample_ids=tuple(s.prompt.sample_id for s in samples),
         lengths=tuple(len(s.prompt) for s in samples),
@@ -303,6 +266,29 @@ def _batch(
         features=dict(zip(names, features, strict=True)),
         cu_seqlens=cu_seqlens,
     )
+
+
+def _gather(
+    ids: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    features: Sequence[Sequence[Tensor]],
+    *,
+    pin_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """`ops.pack_samples`, on the GPU if the features are; pin_memory: else."""
+    place = next((t.device for row in features for t in row if t.is_cuda), None)
+    if place is None:
+        return ops.pack_samples(ids, masks, features, pin_memory=pin_memory)
+    cuda: Any = torch.cuda  # parts of it have no types
+    stream = cuda.Stream(place)  # the wait below is not for steps that train meanwhile
+    with cuda.stream(stream):
+        ids, masks = ([t.to(place) for t in row] for row in (ids, masks))
+        packed = ops.pack_samples(ids, masks, features, device=place)
+    # Freed memory goes back to this stream, which must not use it while another one reads it.
+    for tensor in (*packed[:4], *packed[4]):
+        tensor.record_stream(cuda.default_stream(place))
+    stream.synchronize()
+    return packed
 
 
 def _check_same(sample: Sample, prompt: Prompt) -> None:
