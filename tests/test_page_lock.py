@@ -159,6 +159,16 @@ def test_registration_outlives_every_view(
     assert runtime.calls[1:] == [("synchronize",), ("unregister", address)]
 
 
+def test_at_the_end_of_the_process_nobody_is_asked(
+    runtime: Runtime, arena: tuple[ShmWriter, SampleRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ShmStore.reader(arena[0].address())
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    del reader
+    gc.collect()
+    assert len(runtime.calls) == 1
+
+
 def test_refusals_of_the_runtime(
     runtime: Runtime, arena: tuple[ShmWriter, SampleRef], caplog: pytest.LogCaptureFixture
 ) -> None:

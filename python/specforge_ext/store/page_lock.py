@@ -8,6 +8,7 @@ comes from the driver (`direct_facts`).
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -70,6 +71,8 @@ def _register(address: int, nbytes: int) -> str | None:
 
 
 def _unregister(address: int, what: str) -> None:
+    if sys.is_finalizing():
+        return  # the driver takes back what a process leaves, and torch may be half gone
     # Nobody should copy from there any more, but a copy that does would fault the context.
     cuda.synchronize()
     cudart = cuda.cudart()
