@@ -22,7 +22,7 @@ from specforge_ext.store import cuda_ipc
 from specforge_ext.store.base import ProducerLost, StaleRef, StoreError, StoreFull
 from specforge_ext.store.cuda_ipc import CudaIpcConfig, CudaIpcStore
 from specforge_ext.store.direct_facts import cuda_gpus
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from specforge_ext.store.shm import ShmConfig, ShmStore
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
 from store_kinds import kill, receive, started
@@ -141,7 +141,7 @@ def test_the_same_sizes_are_refused(driver: ctypes.CDLL) -> None:
 def put_and_wait(pipe: Connection) -> None:
     writer = CudaIpcStore.writer(CudaIpcConfig(capacity_bytes=1 << 20))
     ref = writer.put(make_sample(1, 50), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    pipe.send((writer.address(), ref.to_json()))
+    pipe.send((writer.address(), ref_to_json(ref)))
     receive(pipe)
 
 

@@ -23,7 +23,7 @@ from specforge_ext.store import cuda_ipc
 from specforge_ext.store.cuda_ipc import CudaIpcConfig, CudaIpcStore
 from specforge_ext.store.direct import best, rungs
 from specforge_ext.store.direct_facts import cuda_gpus, probe
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from specforge_ext.store.shm import ShmConfig, ShmStore
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_prompt, make_sample, same_bytes
 from store_kinds import kill, receive, started
@@ -83,7 +83,7 @@ def produce(pipe: Connection) -> None:
     for index in range(6):
         sample = make_sample(index, 40 * index, WIDTH + index)
         ref = put(writer, on_gpu(sample) if index % 2 else sample)
-        pipe.send(ref.to_json())
+        pipe.send(ref_to_json(ref))
     receive(pipe)
 
 
@@ -114,7 +114,7 @@ def test_a_reader_that_is_killed_holds_nothing_up() -> None:
     writer = CudaIpcStore.writer(CudaIpcConfig(capacity_bytes=CAPACITY))
     hidden = torch.ones(64, WIDTH, dtype=torch.bfloat16, device="cuda")
     ref = put(writer, Sample(make_prompt(1, 64), {"hidden": hidden}))
-    with started(hold, writer.address(), ref.to_json()) as (process, pipe):
+    with started(hold, writer.address(), ref_to_json(ref)) as (process, pipe):
         assert receive(pipe) == 64.0 * WIDTH
         assert writer.health().slots_leased == 1
         kill(process)
@@ -136,7 +136,7 @@ def produce_late(pipe: Connection) -> None:
     pipe.send(writer.address())
     for value in range(1, 5):
         sample = Sample(make_prompt(value, 512), {"hidden": filled_late(float(value))})
-        pipe.send(put(writer, sample).to_json())
+        pipe.send(ref_to_json(put(writer, sample)))
         assert receive(pipe) == "next"
 
 

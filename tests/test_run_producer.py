@@ -66,7 +66,7 @@ class Serving:
         return read_dataset(link.prepare(timeout_s=30.0, progress=lambda *_: None))
 
     def stream(self, link: ProducerLink, data: Dataset, *, rank: int, **config: Any) -> Stream:
-        address, _ = link.hello(layout_hash=self.layout.hash, timeout_s=5.0)
+        address = link.hello(layout_hash=self.layout.hash, timeout_s=5.0).address
         return Stream(
             steps=global_steps(data.train.lengths, self.recipe.order, seed=0),
             prompts=data.train,

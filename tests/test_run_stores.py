@@ -55,6 +55,43 @@ def test_same_parameters(default: Job, beside: Path, kind: str, protocol: str) -
         assert left == []
 
 
+FP8 = "store.encoding=fp8_e4m3_row"
+
+
+@pytest.fixture(scope="module")
+def encoded(default: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Through shm."""
+    folder = tmp_path_factory.mktemp("encoded")
+    shutil.copytree(default.output_dir / "data", folder / "out" / "data")
+    return finished(folder, *QUICK, FP8)
+
+
+def test_an_encoding_is_said_and_changes_the_bits(default: Job, encoded: Job) -> None:
+    for log in (encoded.output(), (encoded.output_dir / "producer.log").read_text()):
+        assert "store: shm over memory, encoding fp8_e4m3_row" in log
+    assert encoded.summary()["parameters_sha256"] != default.summary()["parameters_sha256"]
+    assert encoded.summary()["tokens_trained"] == default.summary()["tokens_trained"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "verify"),
+    [("shared_dir", "sample"), ("mooncake_store", "off"), ("mooncake_p2p", "full")],
+)
+def test_same_parameters_encoded(encoded: Job, beside: Path, kind: str, verify: str) -> None:
+    if (reason := STORES.get(kind).unavailable()) is not None:
+        pytest.skip(reason)
+    job = finished(beside, *QUICK, FP8, f"store.kind={kind}", f"stream.verify={verify}")
+    for key in ("steps", "samples_trained", "tokens_trained", "parameters_sha256"):
+        assert job.summary()[key] == encoded.summary()[key], key
+
+
+def test_another_encoding_is_another_run(encoded: Job) -> None:
+    """Its checkpoint is not gone on from."""
+    with started(encoded.output_dir.parent, *QUICK) as job:
+        assert job.wait() != 0
+    assert "encoding" in job.output().partition("ValueError")[2]
+
+
 def test_killed_with_a_master_of_its_own(beside: Path) -> None:
     """Nothing stays, least of all the master; the same command goes on with a master that is
     given."""

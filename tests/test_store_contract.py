@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-import fake_cuda
 from specforge_ext.records import DTYPES, Sample, SampleRef
 from specforge_ext.store import STORES, mooncake
 from specforge_ext.store.base import (
@@ -30,9 +29,9 @@ from specforge_ext.store.base import (
     TransferTimeout,
 )
 from specforge_ext.store.mooncake_master import Master
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_prompt, make_sample, same_sample
-from store_kinds import KINDS, Opened, flip, kill, receive, started
+from store_kinds import KINDS, Opened, flip, kill, receive, settings_of, started
 
 HALF = 300
 """Tokens of a sample of more than a third and less than half of SMALL."""
@@ -67,17 +66,7 @@ def opened(
     kept: dict[object, list[Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Opened]:
-    settings: dict[str, Any] = {}
-    if request.param == "cuda_ipc":
-        settings["checksum"] = True
-        if not torch.cuda.is_available():  # then on a driver made of memfds
-            if fake_cuda.real_driver():
-                pytest.skip("a CUDA driver without a GPU that torch can use")
-            monkeypatch.setenv(fake_cuda.WANTED, "1")
-            fake_cuda.install(monkeypatch.setattr)
-    reason = STORES.get(request.param).unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    settings = settings_of(request.param, monkeypatch)
     if request.param == "shared_dir":
         settings["directory"] = tmp_path / "store"
     if request.param == "mooncake_store":
@@ -89,7 +78,7 @@ def opened(
 
 def put(writer: Any, sample: Sample, timeout_s: float = TIMEOUT_S) -> SampleRef:
     ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=timeout_s)
-    assert ref_from_json(ref.to_json()) == ref
+    assert ref_from_json(ref_to_json(ref)) == ref
     return ref
 
 
@@ -365,11 +354,11 @@ def test_reader_in_another_process(opened: Opened) -> None:
     writer = opened.writer(SMALL)
     with started(consume, opened.kind, writer.address()) as (process, pipe):
         for index in range(40):
-            pipe.send(put(writer, make_sample(index, 1 + 7 * index), timeout_s=60).to_json())
+            pipe.send(ref_to_json(put(writer, make_sample(index, 1 + 7 * index), timeout_s=60)))
         pipe.send("")
         assert [receive(pipe) for _ in range(40)] == list(range(40))
         held = put(writer, make_sample(99, HALF))
-        pipe.send(held.to_json())
+        pipe.send(ref_to_json(held))
         assert receive(pipe) == "sample-99"
         kill(process)
     writer.reap()
@@ -384,7 +373,7 @@ def produce(pipe: Connection, kind: str, settings: dict[str, Any]) -> None:
     writer = store.writer(store.Config(capacity_bytes=SMALL, **settings))
     pipe.send(writer.address())
     for index in range(2):
-        pipe.send(put(writer, make_sample(index, 50)).to_json())
+        pipe.send(ref_to_json(put(writer, make_sample(index, 50))))
     time.sleep(600)
 
 

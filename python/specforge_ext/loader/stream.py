@@ -20,7 +20,16 @@ from specforge_ext import ops
 from specforge_ext.config import Config
 from specforge_ext.loader.order import GlobalStep, OrderConfig, micro_batches
 from specforge_ext.loader.source import Delivery, FeatureLink, Skipped
-from specforge_ext.records import FeatureLayout, PackedBatch, Prompt, Sample, SampleRef
+from specforge_ext.records import (
+    DTYPES,
+    EncodedFeature,
+    FeatureLayout,
+    PackedBatch,
+    Prompt,
+    Sample,
+    SampleRef,
+    StoredSample,
+)
 from specforge_ext.store.base import StoreReader, TransferTimeout
 
 log = logging.getLogger(__name__)
@@ -245,16 +254,20 @@ def is_verified(ref: SampleRef, verify: str) -> bool:
     return zlib.crc32(f"{ref.sample_id}/{ref.generation}".encode()) % VERIFY_EVERY == 0
 
 
-def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
-    """One packed batch of samples that lie anywhere on the host; every byte is copied once.
+def pack(samples: Sequence[Sample | StoredSample], layout: FeatureLayout) -> PackedBatch:
+    """One packed batch of samples that lie anywhere on the host; every byte is read once.
 
-    Of features on a GPU the batch is made there. Nothing reads the samples when this has returned.
+    Encoded features are decoded on their way, to the dtype that the layout says. Of features on a
+    GPU the batch is made there. Nothing reads the samples when this has returned.
     """
     names = [spec.name for spec in layout.features]
+    found = [[_codes_and_scales(s.features[name]) for name in names] for s in samples]
     input_ids, loss_mask, positions, cu_seqlens, features = _gather(
         [s.prompt.input_ids for s in samples],
         [s.prompt.loss_mask for s in samples],
-        [[s.features[name] for name in names] for s in samples],
+        [[values for values, _ in row] for row in found],
+        scales=[[scales for _, scales in row] for row in found],
+        dtype=[DTYPES[spec.dtype] for spec in layout.features],
         pin_memory=torch.cuda.is_available(),
     )
     return PackedBatch(
@@ -273,17 +286,21 @@ def _gather(
     masks: Sequence[Tensor],
     features: Sequence[Sequence[Tensor]],
     *,
+    scales: Sequence[Sequence[Tensor | None]],
+    dtype: Sequence[torch.dtype],
     pin_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """`ops.pack_samples`, on the GPU if the features are; pin_memory: else."""
     place = next((t.device for row in features for t in row if t.is_cuda), None)
     if place is None:
-        return ops.pack_samples(ids, masks, features, pin_memory=pin_memory)
+        return ops.pack_samples(
+            ids, masks, features, scales=scales, dtype=dtype, pin_memory=pin_memory
+        )
     cuda: Any = torch.cuda  # parts of it have no types
     stream = cuda.Stream(place)  # the wait below is not for steps that train meanwhile
     with cuda.stream(stream):
         ids, masks = ([t.to(place) for t in row] for row in (ids, masks))
-        packed = ops.pack_samples(ids, masks, features, device=place)
+        packed = ops.pack_samples(ids, masks, features, scales=scales, dtype=dtype, device=place)
     # Freed memory goes back to this stream, which must not use it while another one reads it.
     for tensor in (*packed[:4], *packed[4]):
         tensor.record_stream(cuda.default_stream(place))
@@ -291,7 +308,13 @@ def _gather(
     return packed
 
 
-def _check_same(sample: Sample, prompt: Prompt) -> None:
+def _codes_and_scales(feature: Tensor | EncodedFeature) -> tuple[Tensor, Tensor | None]:
+    if isinstance(feature, EncodedFeature):
+        return feature.codes, feature.scales
+    return feature, None
+
+
+def _check_same(sample: StoredSample, prompt: Prompt) -> None:
     """Features of other tokens than the prompt's would train silently; refuse them by name."""
     if not sample.prompt.input_ids.equal(prompt.input_ids):
         raise ValueError(

@@ -32,12 +32,13 @@ import torch
 
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.methods import METHODS
-from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
+from specforge_ext.records import Encoding, FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.runs import data as run_data
 from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
 from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost, StoreError, StoreWriter
+from specforge_ext.store.ref import ref_to_json
 
 log = logging.getLogger("specforge_ext.producer")
 
@@ -77,7 +78,8 @@ class Producer:
         self._layout: FeatureLayout = method.layout(self._engine.spec)
         store_kind, store_config = recipe.store
         self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
-        log.info("store: %s", self._writer.capabilities().describe())
+        self._encoding: Encoding = store_config.encoding
+        log.info("store: %s, encoding %s", self._writer.capabilities().describe(), self._encoding)
 
     def serve(self) -> None:
         while not self._done:
@@ -110,6 +112,7 @@ class Producer:
                 "store": self._writer.address(),
                 "capacity_bytes": self._writer.capacity_bytes,
                 "layout_hash": self._layout.hash,
+                "encoding": self._encoding,
             },
         )
 
@@ -202,14 +205,17 @@ class Producer:
             for ref in refs:  # nobody will hear of them
                 self._writer.abort(ref)
             raise
-        texts = [ref.to_json() for ref in refs]
+        texts = [ref_to_json(ref) for ref in refs]
         return {"op": "refs", "step": request.step, "refs": texts, "skipped": skipped}
 
     def _put(self, sample: Sample) -> SampleRef:
         if not self._writer.capabilities().on_gpu:
             sample = Sample(sample.prompt, {k: v.cpu() for k, v in sample.features.items()})
         return self._writer.put(
-            sample, layout_hash=self._layout.hash, timeout_s=self._recipe.stream.timeout_s
+            sample,
+            layout_hash=self._layout.hash,
+            timeout_s=self._recipe.stream.timeout_s,
+            layers=self._layout.layers,
         )
 
     def _samples(self, request: Request) -> Iterator[Sample]:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from specforge_ext.records import Sample, SampleRef
+from specforge_ext.config import Config
+from specforge_ext.records import ENCODINGS, Encoding, Sample, SampleRef, StoredSample
+
+
+class StoreConfig(Config):
+    """What every store's config has.
+
+    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
+        verify (stream.verify: off).
+    encoding: of features: none, or fp8_e4m3_row, which halves their bytes and rounds them; for
+        features of float32, bfloat16 and float16, all finite.
+    """
+
+    checksum: bool = True
+    encoding: Encoding = "none"
 
 
 class StoreError(RuntimeError):
@@ -27,6 +42,18 @@ class ProducerLost(StoreError):
 
 class LayoutMismatch(StoreError):
     """The ref was made for another FeatureLayout."""
+
+
+class UnknownEncoding(StoreError, ValueError):
+    """Features are encoded in a way that this release cannot decode: `encoding`."""
+
+    def __init__(self, where: str, encoding: str) -> None:
+        super().__init__(f"{where}: wanted one of {', '.join(ENCODINGS)}, got {encoding!r}")
+        self.where = where
+        self.encoding = encoding
+
+    def __reduce__(self) -> tuple[type[UnknownEncoding], tuple[str, str]]:
+        return type(self), (self.where, self.encoding)
 
 
 class StoreFull(StoreError):
@@ -98,7 +125,7 @@ class Lease(Protocol):
     """
 
     @property
-    def sample(self) -> Sample: ...
+    def sample(self) -> StoredSample: ...
 
     def release(self) -> None: ...
 
@@ -118,8 +145,21 @@ class StoreWriter(Protocol):
         """Payload that fits at the same time."""
         ...
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
-        """Copy a sample in and publish it. Waits for room; StoreFull, TransferTimeout."""
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
+        """Copy a sample in, encoded as configured, and publish it. Waits for room.
+
+        features[name]: [S, width], CPU; any of DTYPES, or of FP8_DTYPES to be encoded.
+        layers[name]: L, which divides the width: `FeatureLayout.layers`. Wanted by encodings only.
+        ValueError for other tensors, or values that are not finite where an encoding has none;
+        StoreFull at once if it can never fit; TransferTimeout if readers free no room in time.
+        """
         ...
 
     def abort(self, ref: SampleRef) -> None:

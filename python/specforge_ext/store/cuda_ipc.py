@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from specforge_ext import _C
-from specforge_ext.config import Config
 from specforge_ext.records import Sample, SampleRef, TensorRef
 from specforge_ext.store import payload
-from specforge_ext.store.base import Capabilities, StoreError
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError
 from specforge_ext.store.direct import rungs
 from specforge_ext.store.direct_facts import probe
 from specforge_ext.store.shm import ShmHealth
@@ -43,7 +43,7 @@ CAPABILITIES = Capabilities(
 )
 
 
-class CudaIpcConfig(Config):
+class CudaIpcConfig(StoreConfig):
     """device: ordinal of the GPU that holds the samples; None: torch's current one. Readers may be
         on another one that reaches it.
     capacity_bytes: payload of the arena, allocated at once when it is opened.
@@ -100,7 +100,7 @@ class CudaIpcWriter:
 
     def __init__(self, config: CudaIpcConfig) -> None:
         _expect_available()
-        self._checksum = config.checksum
+        self._config = config
         self._open_arena: _C.DeviceArenaProducer | None = _C.DeviceArenaProducer(
             use_device(config.device),
             config.capacity_bytes,
@@ -127,19 +127,29 @@ class CudaIpcWriter:
     def capacity_bytes(self) -> int:
         return self.health().capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """Copy a sample in on the current stream, wait for that, and publish it.
 
-        features[name]: [S, width], any of DTYPES, on a GPU or the CPU. ValueError for other
-        tensors; StoreFull at once if it can never fit; TransferTimeout if readers free no room in
-        `timeout_s`.
+        As `StoreWriter.put`, and features may be on a GPU; the arena's encodes them.
         """
-        tensors = payload.tensors_of(sample, on_gpu=True)
-        shapes = payload.shapes_of(tensors)
-        planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
+        planned, tensors = payload.plan_sample(
+            sample,
+            store=self._store,
+            layout_hash=layout_hash,
+            encoding=self._config.encoding,
+            layers=layers,
+            on_gpu=True,
+        )
         slot = self._arena.acquire(planned.nbytes, timeout_s)
         try:
-            written = _write(device_bytes(slot), planned, tensors, checksum=self._checksum)
+            written = _write(device_bytes(slot), planned, tensors, checksum=self._config.checksum)
             slot.publish()
         finally:
             if slot.is_open:
@@ -204,8 +214,8 @@ class CudaIpcReader:
         """
         payload.expect_ref(ref, store=self._store)
         payload.expect_layout(ref, layout_hash)
-        extent = _Extent(self._arena.lease(ref.slot, ref.generation))
-        return payload.lease(extent, ref, verify=verify, views_of=_views)
+        extent = payload.TensorExtent(device_bytes(self._arena.lease(ref.slot, ref.generation)))
+        return payload.lease(extent, ref, verify=verify)
 
     def ack(self, ref: SampleRef) -> None:
         """The sample is done with: its memory is reused once no lease is left.
@@ -223,17 +233,6 @@ class CudaIpcReader:
         self._open_arena = None
 
 
-class _Extent:
-    """A slot's bytes as a tensor that keeps its lease."""
-
-    def __init__(self, slot: _C.DeviceArenaLease) -> None:
-        self.nbytes = slot.nbytes
-        self.whole = device_bytes(slot)
-
-    def crc32c(self, offset: int, nbytes: int) -> int:
-        return _crc32c(self.whole[offset : offset + nbytes])
-
-
 def device_bytes(slot: _C.DeviceArenaReservation | _C.DeviceArenaLease) -> Tensor:
     """[nbytes] uint8 on the arena's device, which keeps the slot as it is."""
     if slot.nbytes == 0:
@@ -249,32 +248,15 @@ def use_device(ordinal: int | None) -> int:
     return device
 
 
-def _views(extent: _Extent, ref: SampleRef) -> dict[str, Tensor]:
-    tensors = {t.name: payload.cut(extent.whole, t) for t in ref.tensors}
-    for name in ("input_ids", "loss_mask"):
-        tensors[name] = tensors[name].to("cpu", copy=True)
-    return tensors
-
-
 def _write(
     whole: Tensor, planned: SampleRef, tensors: dict[str, Tensor], *, checksum: bool
 ) -> tuple[TensorRef, ...]:
     """Returns when the device has done it, also if it raises: the slot is free for others then."""
     try:
-        for t in planned.tensors:
-            payload.cut(whole, t).copy_(tensors[t.name], non_blocking=True)
+        return payload.copy_into(payload.TensorExtent(whole), planned, tensors, checksum=checksum)
     finally:
         if whole.is_cuda:
             torch.cuda.current_stream(whole.device).synchronize()
-    if not checksum:
-        return planned.tensors
-    return tuple(
-        replace(t, checksum=_crc32c(whole[t.offset : t.offset + t.nbytes])) for t in planned.tensors
-    )
-
-
-def _crc32c(bytes_: Tensor) -> int:
-    return _C.crc32c(payload.raw_bytes(bytes_.cpu()))
 
 
 def _expect_available() -> None:

@@ -17,8 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.config import Config
-from specforge_ext.store.base import StoreError
+from specforge_ext.store.base import StoreConfig, StoreError
 
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
@@ -27,7 +26,7 @@ POOL_SLOTS = 4096
 Protocol = Literal["tcp", "rdma"]
 
 
-class MooncakeConfig(Config):
+class MooncakeConfig(StoreConfig):
     """protocol: what carries the bytes; rdma without a device is an error, never TCP instead.
     devices: RDMA devices, comma-separated ("": Mooncake chooses).
     host: name or address under which others reach the producer (None: the route to the master, or
@@ -35,8 +34,6 @@ class MooncakeConfig(Config):
     capacity_bytes: payload that may lie in the store at the same time.
     pool_bytes: registered memory on the other side of a copy, which bounds the largest sample: each
         reader's, and in mooncake_store the writer's too (None: capacity_bytes).
-    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
-        verify (stream.verify: off).
     read_timeout_s: deadline of reading one sample, and of its wait for room in the reader's pool.
     """
 
@@ -45,7 +42,6 @@ class MooncakeConfig(Config):
     host: str | None = None
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     pool_bytes: int | None = Field(default=None, gt=0, le=1 << 46)
-    checksum: bool = True
     read_timeout_s: float = Field(default=60.0, gt=0)
 
     @property

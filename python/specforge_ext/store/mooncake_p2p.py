@@ -14,7 +14,7 @@ import logging
 import re
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,7 @@ class MooncakeP2PWriter:
                 capacity_bytes=config.capacity_bytes,
                 max_slots=config.max_slots,
                 checksum=config.checksum,
+                encoding=config.encoding,
             )
         )
         self._lock = threading.Lock()
@@ -134,13 +135,20 @@ class MooncakeP2PWriter:
     def capacity_bytes(self) -> int:
         return self._shm.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """As the shm store's: StoreFull at once, TransferTimeout after `timeout_s`."""
         wait = mooncake.Pauses(*LOOK_EVERY_S, timeout_s)
         while True:
             self._collect()
             try:
-                ref = self._shm.put(sample, layout_hash=layout_hash, timeout_s=0.0)
+                ref = self._shm.put(sample, layout_hash=layout_hash, timeout_s=0.0, layers=layers)
                 break
             except TransferTimeout as error:
                 if not wait.sleep():

@@ -13,6 +13,7 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pydantic import Field
@@ -114,17 +115,27 @@ class MooncakeStoreWriter:
     def capacity_bytes(self) -> int:
         return self._config.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """Copy a sample into the segment, in one call. Waits for readers to remove others.
 
-        features[name]: [S, width], any of DTYPES, CPU. ValueError for other tensors; StoreFull at
-        once if it can never fit; TransferTimeout if readers free no room in `timeout_s`;
-        StoreError after three attempts that Mooncake failed.
+        See `StoreWriter.put` for `sample`, `layers` and errors; StoreError after three attempts
+        that Mooncake failed.
         """
         pool = self._open_pool()
-        tensors = payload.tensors_of(sample)
-        shapes = payload.shapes_of(tensors)
-        planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
+        planned, tensors = payload.plan_sample(
+            sample,
+            store=self._store,
+            layout_hash=layout_hash,
+            encoding=self._config.encoding,
+            layers=layers,
+        )
         size = objects.size_of(planned)
         largest = min(self.capacity_bytes, self._config.pool_or_capacity_bytes)
         if size > largest:

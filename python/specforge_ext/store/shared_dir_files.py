@@ -139,7 +139,10 @@ def remove(folder: Path, ref: SampleRef) -> None:
 def write(
     path: Path, planned: SampleRef, tensors: Mapping[str, Tensor], *, checksum: bool
 ) -> tuple[TensorRef, ...]:
-    """The whole file under another name first: no reader ever finds a part of it."""
+    """The whole file under another name first: no reader ever finds a part of it.
+
+    ValueError if values that are to be encoded are not finite.
+    """
     partial = path.with_name(f".{path.name}")
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     written = []
@@ -147,9 +150,7 @@ def write(
         try:
             os.ftruncate(fd, planned.nbytes)  # the gaps between tensors stay holes
             for tensor in planned.tensors:
-                data = payload.raw_bytes(tensors[tensor.name])
-                _write_at(fd, data, tensor.offset)
-                written.append(replace(tensor, checksum=_C.crc32c(data) if checksum else None))
+                written.append(_write_tensor(fd, tensor, tensors[tensor.name], checksum))
         finally:
             os.close(fd)
         partial.rename(path)
@@ -159,6 +160,18 @@ def write(
             raise StoreError(f"{path.parent}: no room on the disk: {error}") from None
         raise
     return tuple(written)
+
+
+def _write_tensor(fd: int, ref: TensorRef, tensor: Tensor, checksum: bool) -> TensorRef:
+    if ref.encoding != "none":
+        feature = payload.room_for(ref)
+        written = payload.encode(ref, tensor, feature, checksum=checksum)
+        _write_at(fd, payload.raw_bytes(feature.codes), ref.offset)
+        _write_at(fd, payload.raw_bytes(feature.scales), ref.scales_offset)
+        return written
+    data = payload.raw_bytes(tensor)
+    _write_at(fd, data, ref.offset)
+    return replace(ref, checksum=_C.crc32c(data) if checksum else None)
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -7,16 +7,16 @@ copy. S is the number of tokens of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.config import Config
 from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import payload
-from specforge_ext.store.base import Capabilities, StoreError
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError
 from specforge_ext.store.page_lock import PageLockMode, lock_pages
 
 PAGE_LOCK = "#page_lock="
@@ -27,11 +27,9 @@ CAPABILITIES = Capabilities(
 )
 
 
-class ShmConfig(Config):
+class ShmConfig(StoreConfig):
     """capacity_bytes: payload of the arena, allocated and touched at once when it is opened.
     max_slots: samples that may lie in it at the same time.
-    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
-        verify (stream.verify: false).
     high_watermark, low_watermark: shares of the capacity. Samples wait once they would lift what is
         used above the first, until no more than the second is used: no hysteresis where equal.
     page_lock: have readers register the payload with CUDA, so that copies to the GPU are
@@ -42,7 +40,6 @@ class ShmConfig(Config):
 
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
-    checksum: bool = True
     high_watermark: float = Field(default=1.0, gt=0, le=1)
     low_watermark: float = Field(default=1.0, gt=0, le=1)
     page_lock: PageLockMode = "auto"
@@ -102,8 +99,7 @@ class ShmWriter:
     """Any thread may put. Not usable in a forked child."""
 
     def __init__(self, config: ShmConfig) -> None:
-        self._checksum = config.checksum
-        self._page_lock = config.page_lock
+        self._config = config
         self._open_arena: _C.ArenaProducer | None = _C.ArenaProducer(
             config.capacity_bytes,
             config.max_slots,
@@ -124,18 +120,28 @@ class ShmWriter:
     def capacity_bytes(self) -> int:
         return self.health().capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """Copy a sample in and publish it; waits for room outside the GIL.
 
-        features[name]: [S, width], any of DTYPES, CPU. ValueError for other tensors; StoreFull at
-        once if it can never fit; TransferTimeout if readers free no room in `timeout_s`.
+        See `StoreWriter.put` for `sample`, `layers` and errors. Encodes straight into the arena.
         """
-        tensors = payload.tensors_of(sample)
-        shapes = payload.shapes_of(tensors)
-        planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
+        planned, tensors = payload.plan_sample(
+            sample,
+            store=self._store,
+            layout_hash=layout_hash,
+            encoding=self._config.encoding,
+            layers=layers,
+        )
         slot = self._arena.acquire(planned.nbytes, timeout_s)
         try:
-            written = payload.write_into(slot, planned, tensors, checksum=self._checksum)
+            written = payload.write_into(slot, planned, tensors, checksum=self._config.checksum)
             slot.publish()
         finally:
             if slot.is_open:
@@ -143,12 +149,20 @@ class ShmWriter:
         return replace(planned, slot=slot.slot, generation=slot.generation, tensors=written)
 
     def reserve(self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float) -> ShmReservation:
-        """Room for a sample whose features the caller writes. StoreFull, TransferTimeout."""
+        """Room for a sample whose features the caller writes. StoreFull, TransferTimeout.
+
+        ValueError from a store with an encoding: there is nothing yet to be encoded.
+        """
+        if self._config.encoding != "none":
+            raise ValueError(
+                "store.encoding: wanted none for features that are written in place, "
+                f"got {self._config.encoding}: put them"
+            )
         num_tokens = len(prompt)
         shapes = {spec.name: (spec.dtype, (num_tokens, spec.width)) for spec in layout.features}
-        planned = payload.plan(prompt, shapes, self._store, layout.hash)
+        planned = payload.plan(prompt, shapes, self._store, layout.hash, num_scales={})
         slot = self._arena.acquire(planned.nbytes, timeout_s)
-        return ShmReservation(slot, planned, prompt, checksum=self._checksum)
+        return ShmReservation(slot, planned, prompt, checksum=self._config.checksum)
 
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more: as a reader's `ack`. StaleRef."""
@@ -189,9 +203,9 @@ class ShmWriter:
     def address(self) -> str:
         """What `ShmStore.reader` wants: "shm:PID:START:FD:EPOCH" or "shm:unix:PATH:EPOCH", and
         "#page_lock=MODE" unless that is auto."""
-        arena = self._arena
+        arena, mode = self._arena, self._config.page_lock
         address = self._socket_address or arena.address
-        return address if self._page_lock == "auto" else f"{address}{PAGE_LOCK}{self._page_lock}"
+        return address if mode == "auto" else f"{address}{PAGE_LOCK}{mode}"
 
     def close(self) -> None:
         """No more samples, no more readers. Readers that are attached keep what was published."""
