@@ -255,6 +255,19 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
+class StepContext:
+    """Where in a run a step is: what a method may depend on beside the draft and the batch.
+
+    step: index, from 0. total_steps: of the run, at least 1. seed: of the run; with the step and a
+    sample's id it keys whatever a method draws, so that packing and ranks do not change the draw.
+    """
+
+    step: int
+    total_steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class StepLoss:
     """Sums over the rows of one micro-batch; only `trainer/step.py` divides.
 
@@ -317,6 +330,11 @@ class DraftVocab:
 
     t2d: Tensor
     d2t: Tensor
+
+    @classmethod
+    def full(cls, size: int) -> DraftVocab:
+        """Every one of the target's `size` tokens."""
+        return cls(t2d=torch.ones(size, dtype=torch.bool), d2t=torch.zeros(size, dtype=torch.int64))
 
     @property
     def target_ids(self) -> Tensor:
