@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from specforge_ext.methods._block.plan import Anchors
 from specforge_ext.methods.dflash import DFlashConfig, DFlashMethod
 from specforge_ext.methods.eagle3 import Eagle3Config, Eagle3Method
+from specforge_ext.methods.peagle import PEagleConfig, PEagleMethod
 from specforge_ext.records import (
     DraftVocab,
     PackedBatch,
@@ -263,9 +264,64 @@ def gradient_errors(draft: torch.nn.Module, expected: dict[str, Tensor]) -> dict
     }
 
 
+def peagle_variants(case: Case) -> dict[str, Errors]:
+    return {
+        "compaction": peagle_errors(case, compaction=True),
+        "all rows": peagle_errors(case, compaction=False),
+    }
+
+
+def peagle_errors(case: Case, *, compaction: bool) -> Errors:
+    """Forward only, on the chains of the case. Ids and teacher are those of the next position."""
+    config, options = case.info["config"], case.info["options"]
+    vocab = DraftVocab(t2d=case.tensors["weight.t2d"], d2t=case.tensors["weight.d2t"])
+    method = PEagleMethod(
+        PEagleConfig(
+            num_depths=options["num_depths"],
+            num_layers=config["num_hidden_layers"],
+            down_sample_ratio=options["down_sample_ratio"],
+            down_sample_ratio_min=options["down_sample_ratio_min"],
+            mask_token_id=options["mask_token_id"],
+            draft_vocab_size=vocab.size,
+            compaction=compaction,
+        )
+    )
+    case.info["config"] = {"max_position_embeddings": 512, **config}
+    stored = case.group("weight.")
+    logits = case.tensors["input.target_logits"]
+    # The case holds the target's logits: hidden states of a target whose head is the identity.
+    case.tensors["target.lm_head.weight"] = torch.eye(config["vocab_size"])
+    case.tensors["target.embed_tokens.weight"] = stored["embed_tokens.weight"]
+    case.tensors["input.last_hidden"] = logits.roll(1, dims=1)
+    batch = packed_batch(case, {"aux": "aux_hidden", "last": "last_hidden"})
+    draft = method.build(target_weights(case, model_type="llama", num_layers=8), vocab, seed=0)
+    draft.load_state_dict({name: stored[name] for name, _ in draft.named_parameters()})
+    anchors, depth = case.tensors["input.cod_anchor"], case.tensors["input.cod_depth"]
+    chains = [anchors[depth == d].int() for d in range(1, options["num_depths"])]
+    with torch.no_grad():
+        result = method.step_with(draft, replace(batch, input_ids=batch.input_ids.roll(1)), chains)
+    expected = case.info["expected"]
+    return Errors(
+        losses={
+            "loss": relative_error(
+                result.loss_sum / result.weight_sum, torch.tensor(expected["loss"])
+            ),
+            **{
+                f"{ours} at {d}": relative_error(
+                    result.metrics[ours][d], torch.tensor(expected[f"position_{d}_acc_{theirs}"])
+                )
+                for d in range(options["num_depths"])
+                for ours, theirs in (("correct", "sum"), ("rows", "total"))
+            },
+        },
+        gradients={"none recorded": 0.0},
+    )
+
+
 VARIANTS: dict[str, Callable[[Case], dict[str, Errors]]] = {
     "dflash": dflash_variants,
     "eagle3": eagle3_variants,
+    "peagle": peagle_variants,
 }
 
 

@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 @pytest.mark.parametrize(
-    "name", ["eagle3_cold", "eagle3_trained", "eagle3_ragged", "eagle3_lkalpha"]
+    "name", ["eagle3_cold", "eagle3_trained", "eagle3_ragged", "eagle3_lkalpha", "peagle"]
 )
 def test_recorded_losses_and_gradients(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(GOLDEN / name)]) == 0

@@ -278,7 +278,7 @@ def test_leaving_early_does_not_wait_for_the_producer(
     link, raw = peer
     step = STEPS[0]
     refs = [ref_to_json(store.put(PROMPTS[i])) for i in step.samples]
-    say(raw, op="refs", step=0, refs=refs, skipped=[])
+    say(raw, op="refs", step=0, refs=refs, skipped=[], copied={})
     steps = stream_of(link, store, timeout_s=60.0).iterate(0)
     assert next(steps).step == 0
     time.sleep(0.1)  # the thread waits for step 1

@@ -1,5 +1,5 @@
-"""Parts of decoder layers, and the layer of EAGLE-3 drafts (arXiv 2503.01840), whose input is a
-pair of streams, 2H wide.
+"""Parts of decoder layers, and the layers of EAGLE-3 drafts (arXiv 2503.01840): the first reads a
+pair of streams, 2H wide, any further one is a plain pre-norm layer.
 
 Legend of shapes: n rows, H hidden, D head dimension, Hq / Hkv heads of queries / keys and values.
 """
@@ -105,6 +105,34 @@ class FusedInputLayer(nn.Module):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual stream [n, H] and attention output [n, Hq, D] -> the layer's output [n, H]."""
-        hidden = hidden + self.self_attn.o_proj(attended.flatten(-2))
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return _finish(self, hidden, attended)
+
+
+class PlainLayer(nn.Module):
+    """One pre-norm decoder layer, as in Llama, that can stand behind a `FusedInputLayer`."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        width, eps = shape.hidden_size, shape.rms_norm_eps
+        self.input_layernorm = RMSNorm(width, eps=eps)
+        self.self_attn = Attention(shape, input_width=width)
+        self.post_attention_layernorm = RMSNorm(width, eps=eps)
+        self.mlp = SwiGLU(width, shape.intermediate_size)
+
+    def inputs(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        """The attention's input [n, H]. Only the first layer of a draft reads the embedding."""
+        out: Tensor = self.input_layernorm(hidden)
         return out
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """As `FusedInputLayer.finish`."""
+        return _finish(self, hidden, attended)
+
+
+DraftLayer = FusedInputLayer | PlainLayer
+
+
+def _finish(layer: DraftLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
+    out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specforge_ext.copies import copies_from
 from specforge_ext.loader import Delivery, Skipped
 from specforge_ext.records import ENCODINGS, Encoding
 from specforge_ext.runs.wire import Connection, Message, connect
@@ -146,6 +147,7 @@ class ProducerLink:
             step=int(message["step"]),
             refs=tuple(ref_from_json(text) for text in message["refs"]),
             skipped=tuple(Skipped(**item) for item in message["skipped"]),
+            copied=copies_from(message["copied"]),
         )
 
     def close(self) -> None:

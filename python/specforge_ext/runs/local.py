@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from specforge_ext import _C, __version__
+from specforge_ext.config import defaults
 from specforge_ext.engines import ENGINES
-from specforge_ext.loader import GlobalStep, Skipped, StepData, Stream, global_steps
+from specforge_ext.loader import GlobalStep, OrderConfig, Skipped, StepData, Stream, global_steps
 from specforge_ext.methods import METHODS, Method
 from specforge_ext.records import DraftVocab, TargetWeights
 from specforge_ext.runs.data import Dataset, read_dataset
@@ -158,6 +159,7 @@ def _train(
         output_dir=recipe.output_dir,
         world=world,
         identity={**_identity(recipe, dataset, steps), "encoding": hello.encoding},
+        identity_defaults=_identity_defaults(recipe),
     )
     result = trainer.fit()
     world.barrier("the end of training")
@@ -235,6 +237,15 @@ def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict
         "order": recipe.order.model_dump(mode="json"),
         "seed": recipe.run.seed,
         "num_steps": len(steps),
+    }
+
+
+def _identity_defaults(recipe: Recipe) -> dict[str, Any]:
+    """An option that did not exist when a checkpoint was written was at its default."""
+    return {
+        "method": defaults(type(recipe.method[1])),
+        "order": defaults(OrderConfig),
+        "encoding": "none",
     }
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from specforge_ext.config import Config
-from specforge_ext.records import ENCODINGS, Encoding, Sample, SampleRef, StoredSample
+from specforge_ext.records import (
+    ENCODINGS,
+    Encoding,
+    FeatureLayout,
+    Prompt,
+    Sample,
+    SampleRef,
+    StoredSample,
+)
 
 
 class StoreConfig(Config):
@@ -57,16 +67,18 @@ class UnknownEncoding(StoreError, ValueError):
 
 
 class StoreFull(StoreError):
-    """A sample that can never fit: `needed` and `available` bytes."""
+    """A sample, or samples that are wanted together, that can never fit: `needed` and `available`
+    bytes."""
 
-    def __init__(self, needed: int, available: int) -> None:
-        super().__init__(f"sample of {needed} bytes does not fit a store of {available} bytes")
+    def __init__(self, needed: int, available: int, what: str = "sample") -> None:
+        super().__init__(f"{what} of {needed} bytes does not fit a store of {available} bytes")
+        self.what = what
         self.needed = needed
         self.available = available
 
-    def __reduce__(self) -> tuple[type[StoreFull], tuple[int, int]]:
+    def __reduce__(self) -> tuple[type[StoreFull], tuple[int, int, str]]:
         # An exception is pickled with its text alone, which is not what the constructor takes.
-        return type(self), (self.needed, self.available)
+        return type(self), (self.needed, self.available, self.what)
 
 
 class TransferTimeout(StoreError):
@@ -175,6 +187,45 @@ class StoreWriter(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Reservation(Protocol):
+    """Room for one sample. Ends with `publish` or `abort`, of which one may be called, once."""
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """[S, width] views to write to, of unspecified content. Not after the end."""
+        ...
+
+    def publish(self) -> SampleRef:
+        """Make the sample readable."""
+        ...
+
+    def abort(self) -> None:
+        """Give the room back."""
+        ...
+
+
+@runtime_checkable
+class ReservingWriter(Protocol):
+    """A StoreWriter whose memory others may write to: see store/reserving.py."""
+
+    @property
+    def writes_in_place(self) -> bool:
+        """False where it stores other bytes than those of the features, and has to `put`."""
+        ...
+
+    def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
+        """StoreFull if these samples could never lie in the store at the same time."""
+        ...
+
+    def reserve(self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float) -> Reservation:
+        """Room for a sample whose features the caller writes. Waits; StoreFull, TransferTimeout."""
+        ...
+
+    def abort(self, ref: SampleRef) -> None:
+        """Nobody is going to read this sample any more: as a reader's `ack`."""
+        ...
 
 
 class StoreReader(Protocol):

@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.store.base import StoreConfig, StoreError
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, TransferTimeout
 
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's name for: no metadata server, peers ask each other."""
 POOL_SLOTS = 4096
+T = TypeVar("T")
 Protocol = Literal["tcp", "rdma"]
 
 
@@ -70,12 +71,32 @@ def module(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def transfer_engine(host: str, protocol: Protocol, devices: str) -> Any:
+    """Mooncake's engine, listening. StoreError without package or device."""
+    expect_protocol(protocol)
+    engine = module("mooncake.engine").TransferEngine()
+    code = engine.initialize(host, HANDSHAKE, protocol, devices)
+    if code != 0:
+        raise StoreError(f"Mooncake could not listen on {host} over {protocol}: error {code}")
+    return engine
+
+
 def expect_protocol(protocol: Protocol) -> None:
     """StoreError if it is not to be had: Mooncake itself would use TCP and say nothing."""
     if protocol == "rdma" and not (INFINIBAND.is_dir() and any(INFINIBAND.iterdir())):
         raise StoreError(
             f"store.protocol: wanted rdma, but {INFINIBAND} has no device; tcp has to be asked for"
         )
+
+
+def capabilities_over(kind: str, protocol: str) -> Capabilities:
+    return Capabilities(
+        kind=kind,
+        protocol=protocol,
+        zero_copy=False,
+        across_hosts=True,
+        outlives_producer=False,
+    )
 
 
 def local_host(towards: str) -> str:
@@ -165,3 +186,15 @@ class Pauses:
         time.sleep(min(self._pause_s, left_s))
         self._pause_s = min(self._pause_s * 1.5, self._longest_s)
         return True
+
+
+def wait_for_room(attempt: Callable[[], T], collect: Callable[[], object], wait: Pauses) -> T:
+    """What `attempt` gives once it no longer ends in TransferTimeout, `collect` called before each;
+    with the last one's at the deadline."""
+    while True:
+        collect()
+        try:
+            return attempt()
+        except TransferTimeout as error:
+            if not wait.sleep():
+                raise TransferTimeout(error.what, wait.waited_s) from None

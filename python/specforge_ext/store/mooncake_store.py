@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import Field
 
+from specforge_ext.copies import copied
 from specforge_ext.records import Sample, SampleRef
 from specforge_ext.store import mooncake, payload
 from specforge_ext.store import mooncake_objects as objects
@@ -148,6 +149,7 @@ class MooncakeStoreWriter:
             try:
                 written = payload.write_into(slot, planned, tensors, checksum=self._config.checksum)
                 published = self._put(generation, slot.address, size, wait)
+                copied("transfer", payload.feature_bytes(planned))
             finally:
                 slot.abort()
         finally:
@@ -179,7 +181,7 @@ class MooncakeStoreWriter:
             )
 
     def capabilities(self) -> Capabilities:
-        return objects.capabilities_over(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_store", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeStore.reader` wants: "mooncake_store:EPOCH:JSON"."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext import _C, ops
+from specforge_ext.copies import copied
 from specforge_ext.records import (
     DTYPE_NAMES,
     DTYPES,
@@ -160,6 +161,12 @@ def plan(
     return ref
 
 
+def feature_bytes(ref: SampleRef) -> int:
+    """Of a sample's extent, what is not the prompt's: as encoded, with scales."""
+    features = [t for t in ref.tensors if t.name not in ("input_ids", "loss_mask")]
+    return sum(t.nbytes + t.scales_nbytes for t in features)
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor; a copy of it only if it is not contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -172,6 +179,7 @@ def write_into(
 
     ValueError if values that are to be encoded are not finite.
     """
+    copied("put", feature_bytes(planned))
     return tuple(_write(slot, t, tensors[t.name], checksum) for t in planned.tensors)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from specforge_ext import _C
+from specforge_ext.copies import copied
 from specforge_ext.records import SampleRef, TensorRef
 from specforge_ext.store import payload
 from specforge_ext.store.base import ProducerLost, StaleRef, StoreError
@@ -148,6 +149,7 @@ def write(
     written = []
     try:
         try:
+            copied("put", payload.feature_bytes(planned))
             os.ftruncate(fd, planned.nbytes)  # the gaps between tensors stay holes
             for tensor in planned.tensors:
                 written.append(_write_tensor(fd, tensor, tensors[tensor.name], checksum))
@@ -166,6 +168,7 @@ def _write_tensor(fd: int, ref: TensorRef, tensor: Tensor, checksum: bool) -> Te
     if ref.encoding != "none":
         feature = payload.room_for(ref)
         written = payload.encode(ref, tensor, feature, checksum=checksum)
+        copied("encode", ref.nbytes + ref.scales_nbytes)
         _write_at(fd, payload.raw_bytes(feature.codes), ref.offset)
         _write_at(fd, payload.raw_bytes(feature.scales), ref.scales_offset)
         return written

@@ -7,7 +7,7 @@ copy. S is the number of tokens of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import Field
@@ -15,11 +15,13 @@ from pydantic import Field
 from specforge_ext import _C
 from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import payload
-from specforge_ext.store.base import Capabilities, StoreConfig, StoreError
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, StoreFull
 
 CAPABILITIES = Capabilities(
     kind="shm", protocol="memory", zero_copy=True, across_hosts=False, outlives_producer=True
 )
+PAGE_BYTES = 4096
+"""Room is taken in whole pages, at least one a sample (csrc/transport/extents.h)."""
 
 
 class ShmConfig(StoreConfig):
@@ -139,21 +141,41 @@ class ShmWriter:
                 slot.abort()
         return replace(planned, slot=slot.slot, generation=slot.generation, tensors=written)
 
+    @property
+    def writes_in_place(self) -> bool:
+        return self._config.encoding == "none"
+
+    def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
+        """StoreFull if these samples could never be reserved together; StoreError for too many."""
+        if len(prompts) > self._config.max_slots:
+            raise StoreError(
+                f"request of {len(prompts)} samples does not fit a store of "
+                f"{self._config.max_slots} slots (store.max_slots)"
+            )
+        sizes = [self._plan(prompt, layout).nbytes for prompt in prompts]
+        needed = sum(max(1, -(-size // PAGE_BYTES)) * PAGE_BYTES for size in sizes)
+        # The mark holds for all but the first sample in an empty arena.
+        share = self._config.high_watermark if len(prompts) > 1 else 1.0
+        if needed > (available := int(share * self.capacity_bytes)):
+            raise StoreFull(needed, available, f"request ({len(prompts)} samples)")
+
     def reserve(self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float) -> ShmReservation:
         """Room for a sample whose features the caller writes. StoreFull, TransferTimeout.
 
         ValueError from a store with an encoding: there is nothing yet to be encoded.
         """
-        if self._config.encoding != "none":
+        if not self.writes_in_place:
             raise ValueError(
                 "store.encoding: wanted none for features that are written in place, "
                 f"got {self._config.encoding}: put them"
             )
-        num_tokens = len(prompt)
-        shapes = {spec.name: (spec.dtype, (num_tokens, spec.width)) for spec in layout.features}
-        planned = payload.plan(prompt, shapes, self._store, layout.hash, num_scales={})
+        planned = self._plan(prompt, layout)
         slot = self._arena.acquire(planned.nbytes, timeout_s)
         return ShmReservation(slot, planned, prompt, checksum=self._config.checksum)
+
+    def _plan(self, prompt: Prompt, layout: FeatureLayout) -> SampleRef:
+        shapes = {spec.name: (spec.dtype, (len(prompt), spec.width)) for spec in layout.features}
+        return payload.plan(prompt, shapes, self._store, layout.hash, num_scales={})
 
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more: as a reader's `ack`. StaleRef."""
