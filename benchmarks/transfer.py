@@ -24,46 +24,59 @@ import argparse
 import math
 import os
 import statistics
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common import Report, Timing, Value
+from common import Report, Timing, Value, commit, machine
 from transfer_peers import PEERS
 from transfer_processes import Fleet, Round
 from transfer_ways import MEMCPY, WAYS, Shared, Way
 
 ALL_WAYS = (*WAYS, *PEERS)
-ROUNDS = {1: 101, 64: 31, 256: 9}
-SHARED_ROUNDS = 9
-SHARED = ((64, 1, 2), (64, 2, 2))
+SIZES = (1, 64, 256)
+FLEETS = ((64, 1, 2), (64, 2, 2))
 """Sizes, producers and consumers of the full run besides one of each."""
+ROUNDS = 31
+FLEET_ROUNDS = 9
+QUICK_ROUNDS = 7
+BUDGET_S = 3.0
+QUICK_BUDGET_S = 0.5
+"""A way that has had more than its share of this by a round leaves it out, after the first three:
+those that are slow would take most of the time."""
+LEAST_ROUNDS = 3
 QUIET = {"GLOG_minloglevel": "2", "MC_LOG_LEVEL": "ERROR", "NIXL_LOG_LEVEL": "ERROR"}
 """What makes Mooncake and NIXL say less."""
 
 
-def num_rounds(mib: int, *, quick: bool) -> int:
-    """By bytes, so that every size takes about as long."""
-    if quick:
-        return 7
-    return ROUNDS.get(mib, max(7, min(101, 2000 // mib)))
+@dataclass(frozen=True)
+class Plan:
+    """What is run with one set of processes. budget_s: of a way, before it leaves rounds out."""
+
+    mib: int
+    producers: int
+    consumers: int
+    rounds: int
+    budget_s: float
+
+    @property
+    def case(self) -> str:
+        alone = self.producers == self.consumers == 1
+        return f"{self.mib} MiB" + ("" if alone else f" {self.producers}x{self.consumers}")
 
 
-def measure(
-    report: Report, ways: Sequence[Way], mib: int, rounds: int, producers: int, consumers: int
-) -> None:
+def measure(report: Report, ways: Sequence[Way], plan: Plan) -> None:
     """Adds a row for each way."""
     shared = Shared()
     try:
-        fleet = Fleet(mib, ways, shared, producers=producers, consumers=consumers)
+        fleet = Fleet(plan.mib, ways, shared, producers=plan.producers, consumers=plan.consumers)
         try:
-            done: dict[str, list[Round]] = {way.name: [] for way in ways}
-            for index in range(-1, rounds):
-                for way in ways:
-                    came = [fleet.round(way) for _ in range(way.turns)]
-                    if index >= 0:
-                        done[way.name] += came
+            for way in ways:
+                fleet.open(way)
+            done = take_turns(fleet, ways, plan)
             fleet.close()
         finally:
             fleet.kill()
@@ -72,20 +85,31 @@ def measure(
     floor_s = statistics.median(r.wall_s for r in done[MEMCPY.name])
     for way in ways:
         report.add(
-            case_name(mib, producers, consumers),
+            plan.case,
             way.name,
             timing_of(done[way.name]),
             fleet.peak_bytes[way.name],
-            **columns(way, done[way.name], mib, floor_s),
+            **columns(way, done[way.name], plan.mib, floor_s),
             protocol=fleet.protocols[way.name],
             verified_bytes=fleet.verified_bytes[way.name],
-            producers=producers,
-            consumers=consumers,
+            producers=plan.producers,
+            consumers=plan.consumers,
         )
 
 
-def case_name(mib: int, producers: int, consumers: int) -> str:
-    return f"{mib} MiB" + (f" {producers}x{consumers}" if (producers, consumers) != (1, 1) else "")
+def take_turns(fleet: Fleet, ways: Sequence[Way], plan: Plan) -> dict[str, list[Round]]:
+    """By way: its rounds. The first of each, while setting up, is not among them."""
+    done: dict[str, list[Round]] = {way.name: [] for way in ways}
+    spent_s = dict.fromkeys(done, 0.0)
+    for index in range(plan.rounds):
+        share_s = plan.budget_s * (index + 1) / plan.rounds
+        for way in ways:
+            if index >= LEAST_ROUNDS and spent_s[way.name] > share_s:
+                continue
+            start = time.perf_counter()
+            done[way.name] += [fleet.round(way) for _ in range(way.turns)]
+            spent_s[way.name] += time.perf_counter() - start
+    return done
 
 
 def timing_of(rounds: Sequence[Round]) -> Timing:
@@ -154,13 +178,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cases(args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
-    """(MiB, rounds, producers, consumers)"""
-    sizes = args.sizes or ([64] if args.quick else list(ROUNDS))
-    fleet = (args.producers, args.consumers)
-    out = [(mib, num_rounds(mib, quick=args.quick), *fleet) for mib in sizes]
-    if not args.quick and args.sizes is None and fleet == (1, 1):
-        out += [(mib, SHARED_ROUNDS, producers, consumers) for mib, producers, consumers in SHARED]
+def plans(args: argparse.Namespace) -> list[Plan]:
+    rounds, budget_s = (QUICK_ROUNDS, QUICK_BUDGET_S) if args.quick else (ROUNDS, BUDGET_S)
+    sizes = args.sizes or ([64] if args.quick else SIZES)
+    out = [Plan(mib, args.producers, args.consumers, rounds, budget_s) for mib in sizes]
+    if not args.quick and args.sizes is None and args.producers == args.consumers == 1:
+        out += [Plan(*fleet, FLEET_ROUNDS, budget_s) for fleet in FLEETS]
     return out
 
 
@@ -177,14 +200,14 @@ def main() -> None:
     report.notes["absent"] = absent
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}", flush=True)
-    for mib, rounds, producers, consumers in cases(args):
-        measure(report, ways, mib, rounds, producers, consumers)
+    for plan in plans(args):
+        measure(report, ways, plan)
     if args.json is not None:
         report.write(args.json)
     if args.chart is not None:
         from transfer_chart import draw  # matplotlib is an extra
 
-        draw(report.rows, args.chart)
+        draw(report.rows, args.chart, f"{machine()}, commit {commit()}")
 
 
 if __name__ == "__main__":

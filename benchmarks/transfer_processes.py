@@ -25,7 +25,6 @@ from transfer_ways import (
     Consumer,
     Producer,
     Shared,
-    Tell,
     Tensors,
     Way,
     count_equal_bytes,
@@ -147,13 +146,16 @@ class ProducerProcess:
         self, name: str, *, within: bool, compare: bool
     ) -> tuple[list[float], list[Arrival]]:
         """When each delivery began, and how it ended if all is `within` this process."""
-        producer, starts, arrivals = self._producers[name], [], []
+        producer = self._producers[name]
+        starts: list[float] = []
+        arrivals: list[Arrival] = []
+
+        def look(message: Tensors) -> None:
+            arrivals.append(self._looker.look(Here(), message, compare=compare))
+
         for index, pipe in enumerate(self._pipes):
-            tell: Tell = pipe.send
-            if within:
-                tell = lambda m: arrivals.append(self._looker.look(Here(), m, compare=compare))
             starts.append(time.perf_counter())
-            producer.deliver(index, tell)
+            producer.deliver(index, look if within else pipe.send)
         return starts, arrivals
 
     def finish(self, name: str) -> Cost:
@@ -270,7 +272,9 @@ class Worker:
 
 
 class Fleet:
-    """N producers and M consumers, with ways set up between them one by one.
+    """N producers and M consumers, with the links of some ways between them.
+
+    `kill` it in any case: an error leaves its processes as they are.
 
     peak_bytes: by way, of all processes, from before it was set up until it had delivered once.
     protocols: by way, what carries the bytes. verified_bytes: by way, how many were compared.
@@ -310,14 +314,19 @@ class Fleet:
         for receiving, sending in pipes.values():
             receiving.close()
             sending.close()
-        try:
-            for worker in (*self._producers, *self._consumers):
-                worker.answer("to start")
-            for way in ways:
-                self._open(way)
-        except BaseException:
-            self.kill()
-            raise
+        for worker in (*self._producers, *self._consumers):
+            worker.answer("to start")
+
+    def open(self, way: Way) -> None:
+        """Sets a way up, and lets it deliver once, compared byte for byte: DeliveryError."""
+        workers = [*self._producers, *(self._consumers if way.consumer else [])]
+        opened = [worker.ask("open", way.name, way.producer) for worker in self._producers]
+        self.protocols[way.name] = opened[0][1]
+        for index, worker in enumerate(workers[len(self._producers) :]):
+            handles = [handles[index] for handles, _ in opened]
+            worker.ask("open", way.name, way.consumer, handles)
+        self.verified_bytes[way.name] = self.round(way, compare=True).equal_bytes
+        self.peak_bytes[way.name] = sum(worker.ask("peak_bytes") for worker in workers)
 
     def round(self, way: Way, *, compare: bool = False) -> Round:
         """DeliveryError if other bytes came than were sent."""
@@ -352,16 +361,6 @@ class Fleet:
     def kill(self) -> None:
         for worker in (*self._consumers, *self._producers):
             worker.kill()
-
-    def _open(self, way: Way) -> None:
-        """And lets it deliver once, compared byte for byte."""
-        workers = [*self._producers, *(self._consumers if way.consumer else [])]
-        opened = [worker.ask("open", way.name, way.producer) for worker in self._producers]
-        self.protocols[way.name] = opened[0][1]
-        for index, worker in enumerate(workers[len(self._producers) :]):
-            worker.ask("open", way.name, way.consumer, [handles[index] for handles, _ in opened])
-        self.verified_bytes[way.name] = self.round(way, compare=True).equal_bytes
-        self.peak_bytes[way.name] = sum(worker.ask("peak_bytes") for worker in workers)
 
     def _server_cpu_s(self, way: Way) -> float:
         if way.master is None:
