@@ -37,10 +37,10 @@ from transfer_processes import Fleet, Round
 from transfer_ways import MEMCPY, WAYS, Shared, Way
 
 ALL_WAYS = (*WAYS, *PEERS)
-SIZES = (1, 64, 256)
 FLEETS = ((64, 1, 2), (64, 2, 2))
 """Sizes, producers and consumers of the full run besides one of each."""
-ROUNDS = 31
+ROUNDS = {1: 101, 64: 31, 256: 9}
+OTHER_ROUNDS = 31
 FLEET_ROUNDS = 9
 QUICK_ROUNDS = 7
 BUDGET_S = 3.0
@@ -179,11 +179,15 @@ def arguments() -> argparse.Namespace:
 
 
 def plans(args: argparse.Namespace) -> list[Plan]:
-    rounds, budget_s = (QUICK_ROUNDS, QUICK_BUDGET_S) if args.quick else (ROUNDS, BUDGET_S)
-    sizes = args.sizes or ([64] if args.quick else SIZES)
-    out = [Plan(mib, args.producers, args.consumers, rounds, budget_s) for mib in sizes]
-    if not args.quick and args.sizes is None and args.producers == args.consumers == 1:
-        out += [Plan(*fleet, FLEET_ROUNDS, budget_s) for fleet in FLEETS]
+    budget_s = QUICK_BUDGET_S if args.quick else BUDGET_S
+    sizes = args.sizes or ([64] if args.quick else list(ROUNDS))
+    fleet = (args.producers, args.consumers)
+    out = []
+    for mib in sizes:
+        rounds = QUICK_ROUNDS if args.quick else ROUNDS.get(mib, OTHER_ROUNDS)
+        out.append(Plan(mib, *fleet, rounds, budget_s))
+    if not args.quick and args.sizes is None and fleet == (1, 1):
+        out += [Plan(*more, FLEET_ROUNDS, budget_s) for more in FLEETS]
     return out
 
 

@@ -261,8 +261,10 @@ class Worker:
         self.order(method, *positional, **named)
         return self.answer(method)
 
-    def end(self) -> None:
+    def let_end(self) -> None:
         self._orders.send(None)
+
+    def end(self) -> None:
         self.answer("to close")
         self._process.join(TIMEOUT_S)
 
@@ -355,7 +357,11 @@ class Fleet:
         return _round(way.name, starts, arrivals, costs)
 
     def close(self) -> None:
-        for worker in (*self._consumers, *self._producers):
+        """All at once: Mooncake takes seconds."""
+        workers = [*self._consumers, *self._producers]
+        for worker in workers:
+            worker.let_end()
+        for worker in workers:
             worker.end()
 
     def kill(self) -> None:
