@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from common import Value
 
@@ -38,19 +39,20 @@ def draw(rows: Rows, path: Path, note: str) -> None:
             axes.barh(y, rates[name, size], height, color=shades[index % len(shades)])
             axes.text(rates[name, size] * 1.03, y, f"{rates[name, size]:.2g}", va="center", size=7)
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xscale("log")
-    axes.set_xlim(right=max(rates.values()) * 1.6)
-    axes.set_xlabel("GB/s, median (log scale)")
+    axes.set_xlim(min(rates.values()) * 0.7, max(rates.values()) * 1.6)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xlabel(f"GB/s, median (log scale)\n{note}", size=8)
     axes.set_title(
-        f"A sample from process to process, to the last byte read\nbars of a way, from above: "
-        f"{', '.join(sizes)}; ours in blue",
+        f"A sample from one process to another: until read and let go of\n"
+        f"from above: {', '.join(sizes)}; ours in blue",
         size=10,
     )
     axes.grid(axis="x", which="both", alpha=0.25)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.text(0.995, 0.002, note, ha="right", va="bottom", size=6, color="#525252")
     figure.savefig(path, dpi=130)
 
 
