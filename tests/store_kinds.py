@@ -84,9 +84,9 @@ EMPTY: dict[str, Callable[[Any], None]] = {
 }
 
 
-def flip(writer: Any, ref: SampleRef, at: int) -> None:
+def flip(writer: Any, ref: SampleRef, at: int, bit: int | None = None) -> None:
     """Change a bit of a sample's byte behind the store's back; the second time changes it back."""
-    FLIP[ref.store.partition(":")[0]](writer, ref, at)
+    FLIP[ref.store.partition(":")[0]](writer, ref, at, at % 8 if bit is None else bit)
 
 
 def flip_in_file(fd: int, at: int, bit: int) -> None:
@@ -94,38 +94,38 @@ def flip_in_file(fd: int, at: int, bit: int) -> None:
     os.pwrite(fd, bytes([byte ^ (1 << bit)]), at)
 
 
-def flip_in_arena(writer: Any, ref: SampleRef, at: int) -> None:
+def flip_in_arena(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     fd = int(writer.address().split(":")[3])
     control = 4096 + 4096 * (64 * 1024 // 4096)  # the header, and 1024 slots of 64 bytes
     slot = 4096 + 64 * ref.slot
     offset = int.from_bytes(os.pread(fd, 8, slot + 8), "little")
-    flip_in_file(fd, control + offset + at, at % 8)
+    flip_in_file(fd, control + offset + at, bit)
 
 
-def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int) -> None:
-    flip_in_arena(writer._shm, ref, at)
+def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
+    flip_in_arena(writer._shm, ref, at, bit)
 
 
-def flip_in_folder(writer: Any, ref: SampleRef, at: int) -> None:
+def flip_in_folder(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     _, epoch, base = writer.address().split(":", 2)
     path = Path(base) / epoch / f"{ref.slot:08x}-{ref.generation:010x}"
     fd = os.open(path, os.O_RDWR)
-    flip_in_file(fd, at, at % 8)
+    flip_in_file(fd, at, bit)
     os.close(fd)
 
 
-def flip_in_mooncake(writer: Any, ref: SampleRef, at: int) -> None:
+def flip_in_mooncake(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     """Another object under the same key."""
     client, key = writer._client, f"specforge/{ref.store.split(':')[1]}/{ref.generation:x}"
     slot = writer._pool.acquire(ref.nbytes, 1.0)
     assert client.batch_get_into([key], [slot.address], [ref.nbytes]) == [ref.nbytes]
-    ctypes.c_ubyte.from_address(slot.address + at).value ^= 1 << (at % 8)
+    ctypes.c_ubyte.from_address(slot.address + at).value ^= 1 << bit
     assert client.remove(key, True) == 0
     assert client.batch_put_from([key], [slot.address], [ref.nbytes], writer._placement) == [0]
     slot.abort()
 
 
-FLIP: dict[str, Callable[[Any, SampleRef, int], None]] = {
+FLIP: dict[str, Callable[[Any, SampleRef, int, int], None]] = {
     "shm": flip_in_arena,
     "shared_dir": flip_in_folder,
     "mooncake_p2p": flip_in_registered_arena,

@@ -29,7 +29,7 @@ from specforge_ext.store.base import (
     TransferTimeout,
 )
 from specforge_ext.store.mooncake_master import Master
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_prompt, make_sample, same_sample
 from store_kinds import KINDS, Opened, flip, kill, receive, started
 
@@ -80,7 +80,7 @@ def opened(
 
 def put(writer: Any, sample: Sample, timeout_s: float = TIMEOUT_S) -> SampleRef:
     ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=timeout_s)
-    assert ref_from_json(ref.to_json()) == ref
+    assert ref_from_json(ref_to_json(ref)) == ref
     return ref
 
 
@@ -356,11 +356,11 @@ def test_reader_in_another_process(opened: Opened) -> None:
     writer = opened.writer(SMALL)
     with started(consume, opened.kind, writer.address()) as (process, pipe):
         for index in range(40):
-            pipe.send(put(writer, make_sample(index, 1 + 7 * index), timeout_s=60).to_json())
+            pipe.send(ref_to_json(put(writer, make_sample(index, 1 + 7 * index), timeout_s=60)))
         pipe.send("")
         assert [receive(pipe) for _ in range(40)] == list(range(40))
         held = put(writer, make_sample(99, HALF))
-        pipe.send(held.to_json())
+        pipe.send(ref_to_json(held))
         assert receive(pipe) == "sample-99"
         kill(process)
     writer.reap()
@@ -375,7 +375,7 @@ def produce(pipe: Connection, kind: str, settings: dict[str, Any]) -> None:
     writer = store.writer(store.Config(capacity_bytes=SMALL, **settings))
     pipe.send(writer.address())
     for index in range(2):
-        pipe.send(put(writer, make_sample(index, 50)).to_json())
+        pipe.send(ref_to_json(put(writer, make_sample(index, 50))))
     time.sleep(600)
 
 

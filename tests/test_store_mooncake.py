@@ -21,7 +21,7 @@ from specforge_ext.store.mooncake_p2p import MooncakeP2PConfig, MooncakeP2PStore
 from specforge_ext.store.mooncake_segment import OwnSegment
 from specforge_ext.store.mooncake_store import MooncakeStoreConfig
 from specforge_ext.store.mooncake_store_reader import MooncakeStoreReader
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
 from store_kinds import kill, receive, started
 
@@ -88,7 +88,7 @@ def own_master(pipe: Connection) -> None:
     store = STORES.get("mooncake_store")
     writer = store.writer(MooncakeStoreConfig(capacity_bytes=1 << 16))
     ref = writer.put(make_sample(1), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    pipe.send((writer.address(), ref.to_json(), writer._master.pid))
+    pipe.send((writer.address(), ref_to_json(ref), writer._master.pid))
     time.sleep(600)
 
 
@@ -138,7 +138,7 @@ START = Master._start
 def put_one(pipe: Connection) -> None:
     writer = MooncakeP2PStore.writer(MooncakeP2PConfig(capacity_bytes=1 << 20, read_timeout_s=1.0))
     ref = writer.put(make_sample(1, 200), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    pipe.send((writer.address(), ref.to_json()))
+    pipe.send((writer.address(), ref_to_json(ref)))
     time.sleep(600)
 
 

@@ -18,6 +18,7 @@ __all__: list[str] = [
     "advise_huge_pages",
     "available_isas",
     "block_mask",
+    "cod_chains",
     "copy_crc32c",
     "copy_crc32c_by",
     "crc32c",
@@ -165,6 +166,17 @@ def block_mask(
     kv: collections.abc.Sequence[torch.Tensor],
     q: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def cod_chains(
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    sample_keys: torch.Tensor,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    step: typing.SupportsInt | typing.SupportsIndex,
+    ratio: typing.SupportsFloat | typing.SupportsIndex,
+    min_ratio: typing.SupportsFloat | typing.SupportsIndex,
+    anchors: torch.Tensor,
+    cu_depths: torch.Tensor,
 ) -> None: ...
 def copy_crc32c(
     dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0

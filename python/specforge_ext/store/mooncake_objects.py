@@ -11,7 +11,7 @@ from specforge_ext import _C
 from specforge_ext.config import Config
 from specforge_ext.records import SampleRef
 from specforge_ext.store import mooncake
-from specforge_ext.store.base import Capabilities, ProducerLost, StoreError
+from specforge_ext.store.base import ProducerLost, StoreError
 
 NO_SPACE = -200
 TOO_SMALL = -600
@@ -47,16 +47,6 @@ def connect(
     if code != 0:
         raise StoreError(f"Mooncake could not join {master} over {protocol}: error {code}")
     return client
-
-
-def capabilities_over(protocol: str) -> Capabilities:
-    return Capabilities(
-        kind="mooncake_store",
-        protocol=protocol,
-        zero_copy=False,
-        across_hosts=True,
-        outlives_producer=False,
-    )
 
 
 def key_of(epoch: str, generation: int) -> str:

@@ -14,8 +14,9 @@ import logging
 import re
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from pydantic import Field
 
 from specforge_ext import _C
 from specforge_ext.config import Config, parse_json
-from specforge_ext.records import Sample, SampleRef
+from specforge_ext.copies import copied
+from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import mooncake, payload
 from specforge_ext.store.base import (
     Capabilities,
@@ -33,6 +35,7 @@ from specforge_ext.store.base import (
     StoreError,
     TransferTimeout,
 )
+from specforge_ext.store.reserving import ForwardedReservation
 from specforge_ext.store.shm import ShmConfig, ShmHealth, ShmWriter
 
 log = logging.getLogger(__name__)
@@ -95,12 +98,13 @@ class MooncakeP2PWriter:
     def __init__(self, config: MooncakeP2PConfig) -> None:
         self._config = config
         host = config.host or "127.0.0.1"
-        self._engine = _engine(host, config.protocol, config.devices)
+        self._engine = mooncake.transfer_engine(host, config.protocol, config.devices)
         self._open_shm: ShmWriter | None = ShmWriter(
             ShmConfig(
                 capacity_bytes=config.capacity_bytes,
                 max_slots=config.max_slots,
                 checksum=config.checksum,
+                encoding=config.encoding,
             )
         )
         self._lock = threading.Lock()
@@ -134,20 +138,35 @@ class MooncakeP2PWriter:
     def capacity_bytes(self) -> int:
         return self._shm.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """As the shm store's: StoreFull at once, TransferTimeout after `timeout_s`."""
+        put = partial(self._shm.put, sample, layout_hash=layout_hash, timeout_s=0.0, layers=layers)
         wait = mooncake.Pauses(*LOOK_EVERY_S, timeout_s)
-        while True:
-            self._collect()
-            try:
-                ref = self._shm.put(sample, layout_hash=layout_hash, timeout_s=0.0)
-                break
-            except TransferTimeout as error:
-                if not wait.sleep():
-                    raise TransferTimeout(error.what, wait.waited_s) from None
-        with self._lock:
-            self._put_generations[ref.slot] = ref.generation
-        return replace(ref, store=self._store)
+        return self._published(mooncake.wait_for_room(put, self._collect, wait))
+
+    @property
+    def writes_in_place(self) -> bool:
+        return self._shm.writes_in_place
+
+    def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
+        """As the shm store's: StoreFull, StoreError."""
+        self._shm.expect_room(prompts, layout)
+
+    def reserve(
+        self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float
+    ) -> ForwardedReservation:
+        """As the shm store's: StoreFull, TransferTimeout."""
+        reserve = partial(self._shm.reserve, prompt, layout, timeout_s=0.0)
+        wait = mooncake.Pauses(*LOOK_EVERY_S, timeout_s)
+        room = mooncake.wait_for_room(reserve, self._collect, wait)
+        return ForwardedReservation(room, self._published)
 
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more. StaleRef."""
@@ -165,7 +184,7 @@ class MooncakeP2PWriter:
         return self._shm.health()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeP2PStore.reader` wants: "mooncake_p2p:EPOCH:JSON"."""
@@ -181,6 +200,11 @@ class MooncakeP2PWriter:
             self._engine.unregister_memory(address)
         self._open_shm = None
         self._engine = None
+
+    def _published(self, ref: SampleRef) -> SampleRef:
+        with self._lock:
+            self._put_generations[ref.slot] = ref.generation
+        return replace(ref, store=self._store)
 
     def _collect(self) -> int:
         """Free the slots whose acknowledgement is of the generation that lies there."""
@@ -211,7 +235,7 @@ class MooncakeP2PReader:
         self._store = f"mooncake_p2p:{match[1]}"
         self._at = parse_json(Address, match[2], where="address")
         host = mooncake.local_host(self._at.peer.rpartition(":")[0])
-        self._engine = _engine(host, self._at.protocol, self._at.devices)
+        self._engine = mooncake.transfer_engine(host, self._at.protocol, self._at.devices)
         self._open_pool: mooncake.Pool | None = mooncake.Pool(
             self._at.pool_bytes, self._engine.register_memory
         )
@@ -245,6 +269,7 @@ class MooncakeP2PReader:
         self._transfer(
             f"sample {ref.sample_id!r}, {nbytes} bytes", slot, [(self._at.payload + offset, nbytes)]
         )
+        copied("transfer", payload.feature_bytes(ref))
         try:
             self._locate(ref)
         except StoreError:
@@ -265,7 +290,7 @@ class MooncakeP2PReader:
         slot.abort()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._at.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._at.protocol)
 
     def close(self) -> None:
         """Leases keep their bytes."""
@@ -370,22 +395,3 @@ class MooncakeP2PReader:
         if self.producer_alive:
             return StoreError(f"{what}: {self._at.peer} refused the transfer")
         return ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
-
-
-def _engine(host: str, protocol: mooncake.Protocol, devices: str) -> Any:
-    mooncake.expect_protocol(protocol)
-    engine = mooncake.module("mooncake.engine").TransferEngine()
-    code = engine.initialize(host, mooncake.HANDSHAKE, protocol, devices)
-    if code != 0:
-        raise StoreError(f"Mooncake could not listen on {host} over {protocol}: error {code}")
-    return engine
-
-
-def _capabilities(protocol: str) -> Capabilities:
-    return Capabilities(
-        kind="mooncake_p2p",
-        protocol=protocol,
-        zero_copy=False,
-        across_hosts=True,
-        outlives_producer=False,
-    )

@@ -13,12 +13,13 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from pydantic import Field
 from torch import Tensor
 
+from specforge_ext.copies import copied
 from specforge_ext.records import Sample, SampleRef, TensorRef
 from specforge_ext.store import mooncake, payload
 from specforge_ext.store import mooncake_objects as objects
@@ -120,17 +121,27 @@ class MooncakeStoreWriter:
     def capacity_bytes(self) -> int:
         return self._config.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """Copy a sample into the segment, once. Waits for readers to remove others.
 
-        features[name]: [S, width], any of DTYPES, CPU. ValueError for other tensors; StoreFull at
-        once if it can never fit; TransferTimeout if readers free no room in `timeout_s`;
-        StoreError after three attempts that Mooncake failed.
+        See `StoreWriter.put` for `sample`, `layers` and errors; StoreError after three attempts
+        that Mooncake failed.
         """
         pool = self._open_pool()
-        tensors = payload.tensors_of(sample)
-        shapes = payload.shapes_of(tensors)
-        planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
+        planned, tensors = payload.plan_sample(
+            sample,
+            store=self._store,
+            layout_hash=layout_hash,
+            encoding=self._config.encoding,
+            layers=layers,
+        )
         size = objects.size_of(planned)
         largest = min(self.capacity_bytes, self._config.pool_or_capacity_bytes)
         if size > largest:
@@ -141,16 +152,7 @@ class MooncakeStoreWriter:
         try:
             in_place = self._put_in_place(generation, planned, tensors, wait)
             if in_place is None:
-                slot = pool.acquire(size, wait.left_s)
-                try:
-                    checksum = self._config.checksum
-                    written = payload.write_into(slot, planned, tensors, checksum=checksum)
-                    at = slot.address
-                    published = self._put(
-                        next(self._generations), size, wait, self._copies_from(at)
-                    )
-                finally:
-                    slot.abort()
+                published, written = self._put_through(pool, planned, tensors, wait)
             else:
                 published, written = in_place
         finally:
@@ -182,7 +184,7 @@ class MooncakeStoreWriter:
             )
 
     def capabilities(self) -> Capabilities:
-        return objects.capabilities_over(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_store", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeStore.reader` wants: "mooncake_store:EPOCH:JSON"."""
@@ -228,7 +230,7 @@ class MooncakeStoreWriter:
         self,
         generation: int,
         planned: SampleRef,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         wait: mooncake.Pauses,
     ) -> tuple[int, tuple[TensorRef, ...]] | None:
         """The generation under which it was put, and its tensors; None if it would not lie in our
@@ -246,6 +248,25 @@ class MooncakeStoreWriter:
             raise
         objects.remove(self._client, key)
         return None
+
+    def _put_through(
+        self,
+        pool: mooncake.Pool,
+        planned: SampleRef,
+        tensors: Mapping[str, Tensor],
+        wait: mooncake.Pauses,
+    ) -> tuple[int, tuple[TensorRef, ...]]:
+        """The same by way of registered memory, to wherever Mooncake puts it."""
+        size = objects.size_of(planned)
+        slot = pool.acquire(size, wait.left_s)
+        try:
+            written = payload.write_into(slot, planned, tensors, checksum=self._config.checksum)
+            once = self._copies_from(slot.address)
+            generation = self._put(next(self._generations), size, wait, once)
+            copied("transfer", payload.feature_bytes(planned))
+            return generation, written
+        finally:
+            slot.abort()
 
     def _put(
         self, generation: int, size: int, wait: mooncake.Pauses, once: Callable[[str, int], int]

@@ -8,6 +8,7 @@ import time
 
 from specforge_ext import _C
 from specforge_ext.config import parse_json
+from specforge_ext.copies import copied
 from specforge_ext.records import SampleRef
 from specforge_ext.store import mooncake, payload
 from specforge_ext.store import mooncake_objects as objects
@@ -79,6 +80,7 @@ class MooncakeStoreReader:
                 objects.key_of(self._epoch, ref.generation), slot, objects.size_of(ref)
             )
             if code == objects.size_of(ref):
+                copied("transfer", payload.feature_bytes(ref))
                 return payload.lease(pool.lease(slot), ref, verify=verify)
             objects.leave(pool, slot, code)
             if code not in objects.TRANSIENT or not self.producer_alive:
@@ -95,7 +97,7 @@ class MooncakeStoreReader:
         objects.remove(self._client, objects.key_of(self._epoch, ref.generation))
 
     def capabilities(self) -> Capabilities:
-        return objects.capabilities_over(self._address.protocol)
+        return mooncake.capabilities_over("mooncake_store", self._address.protocol)
 
     def close(self) -> None:
         """Leases keep their bytes."""
