@@ -252,13 +252,14 @@ class ShmReservation:
 
     def publish(self) -> SampleRef:
         """Make the sample readable. ValueError if that, or `abort`, was done before."""
-        tensors = self._planned.tensors
+        ref = self._planned
         if self._checksum:
             crc32c = self._slot.crc32c
-            tensors = tuple(replace(t, checksum=crc32c(t.offset, t.nbytes)) for t in tensors)
+            tensors = (replace(t, checksum=crc32c(t.offset, t.nbytes)) for t in ref.tensors)
+            ref = replace(ref, tensors=tuple(tensors))
         self._slot.publish()
         self.features = {}
-        return replace(self._planned, tensors=tensors)
+        return ref
 
     def abort(self) -> None:
         """Give the room back. ValueError if that, or `publish`, was done before."""
