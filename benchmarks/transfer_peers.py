@@ -322,7 +322,10 @@ class NixlMemory:
     def __init__(self, tensors: Tensors) -> None:
         api = importlib.import_module("nixl._api")
         name = f"transfer-{secrets.token_hex(8)}"
-        self.agent = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
+        # Its thread would poll without a pause and take a core from every other way: both sides
+        # poll while they deliver.
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self.agent = api.nixl_agent(name, config)
         self.spans = [(t.data_ptr(), t.nbytes, 0) for t in tensors.values()]
         named = [(*span, "") for span in self.spans]
         self._registered = self.agent.register_memory(named, "DRAM")
@@ -343,6 +346,10 @@ class NixlProducer(Plain):
 
     def deliver(self, consumer: int, tell: Tell) -> None:
         tell(None)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self._memory.agent.get_new_notifs():  # makes progress on this side
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nixl: waited {TIMEOUT_S} s for the notice of a read")
 
     def close(self) -> None:
         self._memory.close()
@@ -364,7 +371,7 @@ class NixlConsumer(Plain):
 
     def receive(self, message: None) -> Tensors:
         agent = self._memory.agent
-        request = agent.initialize_xfer("READ", self._here, self._there, self._peer)
+        request = agent.initialize_xfer("READ", self._here, self._there, self._peer, b"read")
         deadline = time.monotonic() + TIMEOUT_S
         state = agent.transfer(request)
         while state == "PROC" and time.monotonic() < deadline:
@@ -426,7 +433,7 @@ PEERS = (
         "nixl-read",
         NixlProducer,
         NixlConsumer,
-        "message | READ of the registered sample into registered memory | read",
+        "message | READ of the registered sample into registered memory, both sides poll | read",
         absent=nixl_absent,
     ),
 )
