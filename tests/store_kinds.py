@@ -15,11 +15,32 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+import fake_cuda  # in processes that tests start it installs itself
+from specforge_ext import _C
 from specforge_ext.records import SampleRef
-from specforge_ext.store import STORES
+from specforge_ext.store import STORES, cuda_ipc
 from specforge_ext.store.base import StaleRef
 
-KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p")
+KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p", "cuda_ipc")
+
+
+def settings_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What its config needs here. Without a GPU cuda_ipc gets a driver made of memfds; skips with
+    the reason where a kind cannot be had."""
+    settings: dict[str, Any] = {}
+    if kind == "cuda_ipc":
+        settings["checksum"] = True
+        if not torch.cuda.is_available():
+            if fake_cuda.real_driver():
+                pytest.skip("a CUDA driver without a GPU that torch can use")
+            monkeypatch.setenv(fake_cuda.WANTED, "1")
+            fake_cuda.install(monkeypatch.setattr)
+    if (reason := STORES.get(kind).unavailable()) is not None:
+        pytest.skip(reason)
+    return settings
 
 
 @dataclass
@@ -36,7 +57,7 @@ class Opened:
 
     def writer(self, capacity_bytes: int, **more: Any) -> Any:
         store = STORES.get(self.kind)
-        config = store.Config(capacity_bytes=capacity_bytes, **self.settings, **more)
+        config = store.Config(capacity_bytes=capacity_bytes, **{**self.settings, **more})
         return self._take(repr((self.kind, config)), lambda: store.writer(config))
 
     def reader(self, writer: Any) -> Any:
@@ -106,6 +127,14 @@ def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int, bit: int) -> 
     flip_in_arena(writer._shm, ref, at, bit)
 
 
+def flip_on_gpu(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
+    reader = _C.DeviceArenaConsumer(cuda_ipc.use_device(None), writer.address())
+    whole = cuda_ipc.device_bytes(reader.lease(ref.slot, ref.generation))
+    whole[at] ^= 1 << bit
+    if whole.is_cuda:
+        torch.cuda.synchronize()
+
+
 def flip_in_folder(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     _, epoch, base = writer.address().split(":", 2)
     path = Path(base) / epoch / f"{ref.slot:08x}-{ref.generation:010x}"
@@ -130,6 +159,7 @@ FLIP: dict[str, Callable[[Any, SampleRef, int, int], None]] = {
     "shared_dir": flip_in_folder,
     "mooncake_p2p": flip_in_registered_arena,
     "mooncake_store": flip_in_mooncake,
+    "cuda_ipc": flip_on_gpu,
 }
 
 

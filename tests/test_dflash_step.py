@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import block_cases as cases
-from specforge_ext.methods._block.objective import slot_decay
+from specforge_ext.methods._block.objective import DpaceKind, dpace_weight, slot_decay
 from specforge_ext.methods._block.plan import Anchors, draw, plan, sample_key
 from specforge_ext.methods.dflash import DFlashMethod
 from specforge_ext.methods.dflash.model import DFlashDraft
@@ -251,6 +251,25 @@ def test_slot_decay() -> None:
     torch.testing.assert_close(slot_decay(4, gamma=7.0, first=1), wanted)
     wanted = torch.exp(-torch.tensor([0.0, 1.0, 2.0, 3.0]) / 7)
     torch.testing.assert_close(slot_decay(4, gamma=7.0, first=0), wanted)
+
+
+def test_dpace_weight_by_hand() -> None:
+    """Slots of chance 1/2, 1/4, unsupervised with garbage, 1/2; alpha 0."""
+    loss = -torch.tensor([[0.5, 0.25, 1.0, 0.5]]).log()
+    loss[0, 2] = float("nan")
+    supervised = torch.tensor([[True, True, False, True]])
+    prefix = torch.tensor([[1 / 2, 1 / 8, 0, 1 / 16]])
+    suffix = torch.tensor([[11 / 16, 3 / 16, 0, 1 / 16]])
+    kinds: list[tuple[DpaceKind, Tensor]] = [
+        ("prefix", prefix),
+        ("suffix", suffix),
+        ("suffix_over_prefix", torch.tensor([[11 / 8, 3 / 2, 0, 1]])),
+    ]
+    for kind, wanted in kinds:
+        got = dpace_weight(loss, supervised, alpha=0.0, kind=kind)
+        torch.testing.assert_close(got, wanted)
+    certain = dpace_weight(loss, supervised, alpha=1.0, kind="suffix")
+    torch.testing.assert_close(certain, torch.tensor([[3.0, 2, 0, 1]]))
 
 
 @pytest.mark.parametrize("lengths", [(7, 5), (1,)])

@@ -59,7 +59,7 @@ def test_by_default_features_are_copied_twice(default: Job) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "protocol", "copies"),
-    [("shared_dir", "file", 3.0), ("mooncake_store", "tcp", 5.0), ("mooncake_p2p", "tcp", 3.0)],
+    [("shared_dir", "file", 3.0), ("mooncake_store", "tcp", 4.0), ("mooncake_p2p", "tcp", 3.0)],
 )
 def test_same_parameters(
     default: Job, beside: Path, kind: str, protocol: str, copies: float

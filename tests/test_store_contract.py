@@ -31,7 +31,7 @@ from specforge_ext.store.base import (
 from specforge_ext.store.mooncake_master import Master
 from specforge_ext.store.ref import ref_from_json, ref_to_json
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_prompt, make_sample, same_sample
-from store_kinds import KINDS, Opened, flip, kill, receive, started
+from store_kinds import KINDS, Opened, flip, kill, receive, settings_of, started
 
 HALF = 300
 """Tokens of a sample of more than a third and less than half of SMALL."""
@@ -64,11 +64,9 @@ def opened(
     tmp_path: Path,
     master: str | None,
     kept: dict[object, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Opened]:
-    settings: dict[str, Any] = {}
-    reason = STORES.get(request.param).unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    settings = settings_of(request.param, monkeypatch)
     if request.param == "shared_dir":
         settings["directory"] = tmp_path / "store"
     if request.param == "mooncake_store":
@@ -111,7 +109,7 @@ def test_says_what_it_is(opened: Opened) -> None:
     reader = opened.reader(writer)
     assert writer.capabilities() == reader.capabilities()
     assert writer.capabilities().kind == opened.kind
-    assert writer.capabilities().protocol in ("memory", "file", "tcp")
+    assert writer.capabilities().protocol in ("memory", "file", "tcp", "cuda")
     assert writer.capabilities().describe().startswith(f"{opened.kind} over ")
     assert writer.capacity_bytes == writer.health().capacity_bytes == SMALL
     assert STORES.get(opened.kind).unavailable() is None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -273,11 +273,12 @@ def is_verified(ref: SampleRef, verify: str) -> bool:
 def pack(samples: Sequence[Sample | StoredSample], layout: FeatureLayout) -> PackedBatch:
     """One packed batch of samples that lie anywhere on the host; every byte is read once.
 
-    Encoded features are decoded on their way, to the dtype that the layout says.
+    Encoded features are decoded on their way, to the dtype that the layout says. Of features on a
+    GPU the batch is made there. Nothing reads the samples when this has returned.
     """
     names = [spec.name for spec in layout.features]
     found = [[_codes_and_scales(s.features[name]) for name in names] for s in samples]
-    input_ids, loss_mask, positions, cu_seqlens, features = ops.pack_samples(
+    input_ids, loss_mask, positions, cu_seqlens, features = _gather(
         [s.prompt.input_ids for s in samples],
         [s.prompt.loss_mask for s in samples],
         [[values for values, _ in row] for row in found],
@@ -307,6 +308,33 @@ def _upcoming(ready: queue.Queue[StepData | BaseException | None]) -> PackedBatc
     with ready.mutex:
         item = ready.queue[0] if ready.queue else None
     return item.micro_batches[0] if isinstance(item, StepData) and item.micro_batches else None
+
+
+def _gather(
+    ids: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    features: Sequence[Sequence[Tensor]],
+    *,
+    scales: Sequence[Sequence[Tensor | None]],
+    dtype: Sequence[torch.dtype],
+    pin_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """`ops.pack_samples`, on the GPU if the features are; pin_memory: else."""
+    place = next((t.device for row in features for t in row if t.is_cuda), None)
+    if place is None:
+        return ops.pack_samples(
+            ids, masks, features, scales=scales, dtype=dtype, pin_memory=pin_memory
+        )
+    cuda: Any = torch.cuda  # parts of it have no types
+    stream = cuda.Stream(place)  # the wait below is not for steps that train meanwhile
+    with cuda.stream(stream):
+        ids, masks = ([t.to(place) for t in row] for row in (ids, masks))
+        packed = ops.pack_samples(ids, masks, features, scales=scales, dtype=dtype, device=place)
+    # Freed memory goes back to this stream, which must not use it while another one reads it.
+    for tensor in (*packed[:4], *packed[4]):
+        tensor.record_stream(cuda.default_stream(place))
+    stream.synchronize()
+    return packed
 
 
 def _codes_and_scales(feature: Tensor | EncodedFeature) -> tuple[Tensor, Tensor | None]:

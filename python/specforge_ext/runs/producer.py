@@ -247,8 +247,11 @@ class Producer:
         return refs, skipped
 
     def _put_one(self, sample: Sample) -> SampleRef:
+        if not self._writer.capabilities().on_gpu:
+            features = {name: on_host(t) for name, t in sample.features.items()}
+            sample = Sample(sample.prompt, features)
         return self._writer.put(
-            Sample(sample.prompt, {name: on_host(t) for name, t in sample.features.items()}),
+            sample,
             layout_hash=self._layout.hash,
             timeout_s=self._recipe.stream.timeout_s,
             layers=self._layout.layers,

@@ -97,9 +97,12 @@ class TransferTimeout(StoreError):
 class Capabilities:
     """What a store of this kind, opened as it is, can do.
 
-    protocol: what carries the bytes: "memory", "file", "tcp" or "rdma"; the one in use, which is
-    the one asked for. zero_copy: views are of the memory that `put` wrote. across_hosts: readers
-    may be on other hosts. outlives_producer: what was put stays readable when its process died.
+    protocol: what carries the bytes: "memory", "file", "tcp", "rdma" or "cuda"; the one in use,
+    which is the one asked for. zero_copy: views are of the memory that `put` wrote. across_hosts:
+    readers may be on other hosts. outlives_producer: what was put stays readable when its process
+    died.
+    on_gpu: `put` takes tensors of a GPU as they are, and views of features are of its memory. Who
+    queues work on such views waits for it before the lease is released.
     """
 
     kind: str
@@ -107,6 +110,7 @@ class Capabilities:
     zero_copy: bool
     across_hosts: bool
     outlives_producer: bool
+    on_gpu: bool = False
 
     def describe(self) -> str:
         """For a log: "mooncake_p2p over tcp"."""

@@ -24,6 +24,8 @@ LATE_WRITES_S = 60.0
 """Mooncake gives a stalled transfer up after 30 s; its memory is left alone for longer."""
 MASTER_S = 5.0
 SEGMENT_STEP_BYTES = 16 << 20
+ALIVE_BYTES = 16
+"""Of the object that says that a writer lives."""
 LOOK_EVERY_S = (0.002, 0.05)
 
 

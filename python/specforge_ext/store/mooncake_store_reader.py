@@ -59,10 +59,10 @@ class MooncakeStoreReader:
     def producer_alive(self) -> bool:
         """Asks by reading; takes about a second when it is not."""
         pool = self._open_pool()
-        slot = pool.acquire(1, self._address.read_timeout_s)
-        code = self._get_once(objects.alive_key(self._epoch), slot, 1)
+        slot = pool.acquire(objects.ALIVE_BYTES, self._address.read_timeout_s)
+        code = self._get_once(objects.alive_key(self._epoch), slot, objects.ALIVE_BYTES)
         objects.leave(pool, slot, code)
-        return code == 1
+        return code == objects.ALIVE_BYTES
 
     def open(self, ref: SampleRef, *, layout_hash: str, verify: bool) -> payload.SampleLease:
         """Copy a sample into the pool, in one call, and lease that.

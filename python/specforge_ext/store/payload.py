@@ -45,6 +45,21 @@ class Extent(Protocol):
     def crc32c(self, offset: int, nbytes: int) -> int: ...
 
 
+class TensorExtent:
+    """A sample's bytes as a tensor, on whatever device. whole: [nbytes] uint8."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.numel()
+
+    def crc32c(self, offset: int, nbytes: int) -> int:
+        """Of a copy on the host."""
+        return _C.crc32c(raw_bytes(self.whole[offset : offset + nbytes].cpu()))
+
+
 class SampleLease:
     """Ends when `release` was called (or the lease dropped) and no view of it lives any more."""
 
@@ -75,16 +90,20 @@ class SampleLease:
         self.release()
 
 
-def tensors_of(sample: Sample) -> dict[str, Tensor]:
-    """All tensors of a sample by name. ValueError for those that cannot travel."""
+def tensors_of(sample: Sample, *, on_gpu: bool = False) -> dict[str, Tensor]:
+    """All tensors of a sample by name. ValueError for those that cannot travel.
+
+    on_gpu: features may be on a GPU; a prompt is always on the CPU.
+    """
     prompt = {"input_ids": sample.prompt.input_ids, "loss_mask": sample.prompt.loss_mask}
     if clash := prompt.keys() & sample.features.keys():
         raise ValueError(f"Sample.features: wanted no name of the prompt's, got {sorted(clash)}")
     for name, tensor in sample.features.items():
-        if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
+        on_cpu = tensor.device.type == "cpu"
+        if not (on_cpu or (on_gpu and tensor.is_cuda)) or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(
-                f"Sample.features[{name!r}]: wanted one of {sorted(DTYPES)} on the CPU, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"Sample.features[{name!r}]: wanted one of {sorted(DTYPES)} on the CPU"
+                f"{' or a GPU' if on_gpu else ''}, got {tensor.dtype} on {tensor.device}"
             )
     return {**prompt, **sample.features}
 
@@ -105,9 +124,10 @@ def plan_sample(
     layout_hash: str,
     encoding: Encoding,
     layers: Mapping[str, int] | None,
+    on_gpu: bool = False,
 ) -> tuple[SampleRef, dict[str, Tensor]]:
     """As `plan`, and the sample's tensors by name. ValueError for what cannot travel."""
-    tensors = tensors_of(sample)
+    tensors = tensors_of(sample, on_gpu=on_gpu)
     features = shapes_of(tensors)
     num_scales = _num_scales(features, encoding, layers or {}) if encoding != "none" else {}
     return plan(sample.prompt, features, store, layout_hash, num_scales=num_scales), tensors
@@ -187,6 +207,22 @@ def _write(slot: _C.ArenaReservation, ref: TensorRef, tensor: Tensor, checksum: 
     if ref.encoding == "none":
         return replace(ref, checksum=slot.write(ref.offset, raw_bytes(tensor), checksum))
     return encode(ref, tensor, _encoded_view(slot, ref), checksum=checksum)
+
+
+def copy_into(
+    extent: TensorExtent, planned: SampleRef, tensors: Mapping[str, Tensor], *, checksum: bool
+) -> tuple[TensorRef, ...]:
+    """As `write_into`, on the current stream of the extent's device: copies may be queued still."""
+    return tuple(_copy(extent, t, tensors[t.name], checksum) for t in planned.tensors)
+
+
+def _copy(extent: TensorExtent, ref: TensorRef, tensor: Tensor, checksum: bool) -> TensorRef:
+    if ref.encoding != "none":
+        here = tensor.to(extent.whole.device)
+        return encode(ref, here, _encoded_view(extent, ref), checksum=checksum)
+    into = _view(extent, ref.offset, DTYPES[ref.dtype], ref.shape)
+    into.copy_(tensor, non_blocking=True)
+    return replace(ref, checksum=extent.crc32c(ref.offset, ref.nbytes)) if checksum else ref
 
 
 def encode(ref: TensorRef, tensor: Tensor, into: EncodedFeature, *, checksum: bool) -> TensorRef:
@@ -271,10 +307,12 @@ def views(extent: object, ref: SampleRef) -> dict[str, Tensor]:
 
 
 def stored_sample(extent: object, ref: SampleRef) -> StoredSample:
-    """Views of all that a sample holds."""
+    """Views of all that a sample holds; of a TensorExtent, the prompt is a copy on the CPU."""
     plain = [tensor for tensor in ref.tensors if tensor.encoding == "none"]
     tensors = views(extent, replace(ref, tensors=tuple(plain)))
-    prompt = Prompt(ref.sample_id, tensors.pop("input_ids"), tensors.pop("loss_mask"))
+    own = isinstance(extent, TensorExtent)
+    ids, mask = (tensors.pop(name).to("cpu", copy=own) for name in ("input_ids", "loss_mask"))
+    prompt = Prompt(ref.sample_id, ids, mask)
     return StoredSample(
         prompt,
         {
@@ -296,6 +334,8 @@ def _encoded_view(extent: object, ref: TensorRef) -> EncodedFeature:
 
 def _view(extent: object, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
+    if isinstance(extent, TensorExtent):
+        return extent.whole[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)  # frombuffer refuses to see nothing
     return torch.frombuffer(extent, dtype=dtype, count=count, offset=offset).view(shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 from pydantic import Field
 
@@ -16,6 +17,10 @@ from specforge_ext import _C
 from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import payload
 from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, StoreFull
+from specforge_ext.store.page_lock import PageLockMode, lock_pages
+
+PAGE_LOCK = "#page_lock="
+"""In an address: what follows is for the reader itself."""
 
 CAPABILITIES = Capabilities(
     kind="shm", protocol="memory", zero_copy=True, across_hosts=False, outlives_producer=True
@@ -29,6 +34,8 @@ class ShmConfig(StoreConfig):
     max_slots: samples that may lie in it at the same time.
     high_watermark, low_watermark: shares of the capacity. Samples wait once they would lift what is
         used above the first, until no more than the second is used: no hysteresis where equal.
+    page_lock: have readers register the payload with CUDA, so that copies to the GPU are
+        asynchronous: where they use CUDA (auto), always (on: an error where it cannot be), never.
     socket_path: where readers in other pid namespaces (containers) are let in, in a directory of
         this user's with mode 0700. None: through /proc only.
     """
@@ -37,6 +44,7 @@ class ShmConfig(StoreConfig):
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
     high_watermark: float = Field(default=1.0, gt=0, le=1)
     low_watermark: float = Field(default=1.0, gt=0, le=1)
+    page_lock: PageLockMode = "auto"
     socket_path: str | None = None
 
 
@@ -83,7 +91,8 @@ class ShmStore:
         """Attach to a writer's `address()`, on the same host and as the same user.
 
         ProducerLost if it has ended or closed its arena; StoreError if 16 readers are attached
-        already; ValueError if the address does not lead to an arena of this user.
+        already, or its pages cannot be locked though page_lock is on; ValueError if the address
+        does not lead to an arena of this user.
         """
         return ShmReader(address)
 
@@ -214,9 +223,11 @@ class ShmWriter:
         return CAPABILITIES
 
     def address(self) -> str:
-        """What `ShmStore.reader` wants: "shm:PID:START:FD:EPOCH" or "shm:unix:PATH:EPOCH"."""
-        arena = self._arena
-        return self._socket_address or arena.address
+        """What `ShmStore.reader` wants: "shm:PID:START:FD:EPOCH" or "shm:unix:PATH:EPOCH", and
+        "#page_lock=MODE" unless that is auto."""
+        arena, mode = self._arena, self._config.page_lock
+        address = self._socket_address or arena.address
+        return address if mode == "auto" else f"{address}{PAGE_LOCK}{mode}"
 
     def close(self) -> None:
         """No more samples, no more readers. Readers that are attached keep what was published."""
@@ -241,13 +252,14 @@ class ShmReservation:
 
     def publish(self) -> SampleRef:
         """Make the sample readable. ValueError if that, or `abort`, was done before."""
-        tensors = self._planned.tensors
+        ref = self._planned
         if self._checksum:
             crc32c = self._slot.crc32c
-            tensors = tuple(replace(t, checksum=crc32c(t.offset, t.nbytes)) for t in tensors)
+            tensors = (replace(t, checksum=crc32c(t.offset, t.nbytes)) for t in ref.tensors)
+            ref = replace(ref, tensors=tuple(tensors))
         self._slot.publish()
         self.features = {}
-        return replace(self._planned, tensors=tensors)
+        return ref
 
     def abort(self) -> None:
         """Give the room back. ValueError if that, or `publish`, was done before."""
@@ -258,12 +270,18 @@ class ShmReservation:
 class ShmReader:
     """Any thread may open and acknowledge. Not usable in a forked child.
 
-    Samples that were published stay readable when the producer dies.
+    Samples that were published stay readable when the producer dies. page_locked: a GPU reads the
+    views by itself. A view, or its lease, has to be kept until a copy that was queued is over.
     """
 
     def __init__(self, address: str) -> None:
+        address, mode = split_address(address)
         self._open_arena: _C.ArenaConsumer | None = _C.ArenaConsumer(address)
         self._store = _store_id(self._arena.epoch)
+        unlock = lock_pages(mode, *self._arena.regions[1], what=self._store)
+        self.page_locked = unlock is not None
+        if unlock is not None:
+            self._arena.before_unmap(unlock)
 
     @property
     def _arena(self) -> _C.ArenaConsumer:
@@ -299,6 +317,17 @@ class ShmReader:
     def close(self) -> None:
         """Leave the arena; it stays mapped while leases or views of it live."""
         self._open_arena = None
+
+
+def split_address(address: str) -> tuple[str, PageLockMode]:
+    """The arena's own address, and the mode of page_lock. ValueError for an unknown mode."""
+    arena, mark, mode = address.partition(PAGE_LOCK)
+    if mark and mode not in get_args(PageLockMode):
+        raise ValueError(
+            f"shm: address must end with {PAGE_LOCK} and one of {get_args(PageLockMode)}, "
+            f"got {address[-32:]!r}"
+        )
+    return arena, cast(PageLockMode, mode or "auto")
 
 
 def _store_id(epoch: int) -> str:
