@@ -4,9 +4,9 @@ engine.
 SGLang 0.5.23 refuses them where there is no CUDA, NPU or XPU. What is lifted here: three refusals
 of the device, and Domino's of other dtypes than bfloat16; the list of attention backends that a
 draft may use, a word that the CPU's attention backend wants of a verify input, and streams. One
-value is kept from being rounded: SGLang casts a block's embeddings to bfloat16 whatever dtype it serves in, which a float32 layer
-cannot take; for a target whose checkpoint is bfloat16 that cast changes nothing. All else is
-SGLang's own.
+value is kept from being rounded: SGLang casts a block's embeddings to bfloat16 whatever dtype it
+serves in, which a float32 layer cannot take; for a target whose checkpoint is bfloat16 that cast
+changes nothing. All else is SGLang's own.
 
 Loaded through the entry point of the folder beside this file, when the folder is on PYTHONPATH.
 """
