@@ -40,9 +40,11 @@ class Case:
         return [w for key, value in arguments.items() for w in (f"--speculative-{key}", str(value))]
 
 
+WHOLE_VOCABULARY = (("domino-candidate-pool-size", "0"),)
+"""Domino's correction is then of all words, not of the 2048 that the base logits like best."""
+
 CASES = (
     Case("eagle3", depth=4, assignments=("order.epochs=2",), vllm="eagle3", sglang="EAGLE3"),
-    # A pool of 0: the whole vocabulary is corrected, not the 2048 words that the base logits like.
     Case(
         "domino",
         depth=5,
@@ -50,7 +52,7 @@ CASES = (
         assignments=("order.epochs=2",),
         sglang="DFLASH",
         block=True,
-        more=(("domino-candidate-pool-size", "0"),),
+        more=WHOLE_VOCABULARY,
     ),
 )  # fmt: skip
 VLLM = [case for case in CASES if case.vllm]
