@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from specforge_ext.methods.domino import DominoConfig, DominoMethod
 from specforge_ext.methods.domino.model import DominoDraft, PrefixGru
 from specforge_ext.methods.domino.plan import corrections
 from specforge_ext.records import PackedBatch, StepContext, StepLoss
+from specforge_ext.trainer.distributed import open_world
+from specforge_ext.trainer.sharding import Shards
 
 END = StepContext(step=19, total_steps=20, seed=7)
 SHIFTED: dict[str, object] = {"shift_label": True}
@@ -281,6 +284,35 @@ def test_bfloat16_autocast_is_near() -> None:
     assert result.loss_sum.dtype == torch.float32
     assert result.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=0.02)
     assert_near(block_cases.gradients(draft), expected, tolerance=0.1)
+
+
+def test_fsdp2_casts_neither_positions_nor_weights() -> None:
+    """It casts floating tensors that a module is given, those in dataclasses and tuples too."""
+    method, draft, _ = cases.build(gamma=3.0)
+    seen: list[tuple[str, torch.dtype]] = []
+
+    def look_at_layer(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        _, context, view, *_ = arguments
+        seen.append(("context", context.dtype))
+        seen.extend(("table", t.dtype) for t in (*view.context, *view.block))
+
+    def look_at_draft(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen.append(("weight", arguments[3].weight.dtype))
+
+    with open_world(device="cpu", timeout_s=30) as world:
+        shards = Shards(draft, method.shard_units(draft), world=world, precision="bfloat16")
+        draft.register_forward_pre_hook(look_at_draft)
+        for layer in draft.layers:
+            layer.register_forward_pre_hook(look_at_layer)
+        shards.gather()
+        with torch.autocast("cpu", torch.bfloat16):
+            method.step(draft, block_cases.batch((20, 9)), cases.AT)
+    dtypes = {name: {dtype for other, dtype in seen if other == name} for name, _ in seen}
+    assert dtypes == {
+        "weight": {torch.float32},
+        "context": {torch.bfloat16},  # or nothing would be shown
+        "table": {torch.float32},
+    }
 
 
 def test_a_fresh_draft_corrects_nothing() -> None:

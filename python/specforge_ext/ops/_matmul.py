@@ -48,7 +48,7 @@ def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> None:
 def corrected_logits_into(
     out_NV: Tensor, logits_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor
 ) -> None:
-    """out = logits + hidden head^T; out may be the logits themselves."""
+    """out = logits + hidden head^T."""
     if out_NV.dtype == head_VH.dtype:
         torch.addmm(logits_NV, hidden_NH, head_VH.t(), out=out_NV)
         return

@@ -13,7 +13,6 @@ Loaded through the entry point of the folder beside this file, when the folder i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,10 +83,16 @@ def resolve_dspark(original: Callable[..., None], server_args: Any) -> None:
 
 
 def check_domino(original: Callable[..., None], *, device: torch.device, **rest: Any) -> None:
-    """All of the check but the device and the dtype: bfloat16 copies of the modules are checked."""
-    modules = ("target_embedding", "lm_head", "prefix_gru", "embed_proj")
-    rounded = {name: copy.deepcopy(rest[name]).bfloat16() for name in modules}
-    original(device=torch.device("cuda"), **{**rest, **rounded})
+    """All of the check but the device and the dtype: while it looks, weights are bfloat16."""
+    modules = (rest[name] for name in ("target_embedding", "lm_head", "prefix_gru", "embed_proj"))
+    held = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
+    try:
+        for parameter, data in held:
+            parameter.data = data.bfloat16()
+        original(device=torch.device("cuda"), **rest)
+    finally:
+        for parameter, data in held:
+            parameter.data = data
 
 
 def chain_metadata(original: Callable[..., Any], backend: Any, batch: Any) -> Any:
