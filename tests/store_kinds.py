@@ -18,8 +18,14 @@ from typing import Any
 from specforge_ext.records import SampleRef
 from specforge_ext.store import STORES
 from specforge_ext.store.base import StaleRef
+from store_cases import SLOWDOWN
 
-KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p")
+OVER_MOONCAKE = ("mooncake_store", "mooncake_p2p")
+PROTOCOL = os.environ.get("SPECFORGE_EXT_TEST_PROTOCOL", "tcp")
+"""Of the Mooncake stores. With rdma only they are tested, by `make test-rdma`."""
+LINK = {"protocol": PROTOCOL, "devices": os.environ.get("SPECFORGE_EXT_TEST_DEVICES", "")}
+KINDS = (*(("shm", "shared_dir") if PROTOCOL == "tcp" else ()), *OVER_MOONCAKE)
+CARRIERS = {"shm": "memory", "shared_dir": "file"} | dict.fromkeys(OVER_MOONCAKE, PROTOCOL)
 
 
 @dataclass
@@ -134,7 +140,8 @@ FLIP: dict[str, Callable[[Any, SampleRef, int], None]] = {
 
 
 def receive(pipe: Connection) -> Any:
-    assert pipe.poll(60), "nothing came from the other process in 60 s"
+    wait_s = 60.0 * SLOWDOWN
+    assert pipe.poll(wait_s), f"nothing came from the other process in {wait_s:.0f} s"
     return pipe.recv()
 
 

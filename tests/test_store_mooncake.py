@@ -20,10 +20,9 @@ from specforge_ext.store.mooncake_p2p import MooncakeP2PConfig, MooncakeP2PStore
 from specforge_ext.store.mooncake_store import MooncakeStoreConfig
 from specforge_ext.store.mooncake_store_reader import MooncakeStoreReader
 from specforge_ext.store.ref import ref_from_json
-from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
-from store_kinds import kill, receive, started
-
-KINDS = ("mooncake_store", "mooncake_p2p")
+from store_cases import LAYOUT_HASH, SLOWDOWN, TIMEOUT_S, make_sample, same_sample
+from store_kinds import LINK, kill, receive, started
+from store_kinds import OVER_MOONCAKE as KINDS
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +41,25 @@ def test_rdma_without_a_device_is_refused(
         monkeypatch.setattr(mooncake, "INFINIBAND", folder)
         with pytest.raises(StoreError, match=rf"protocol: wanted rdma, but {folder} has no device"):
             store.writer(store.Config(protocol="rdma", capacity_bytes=1 << 16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rdma_devices(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not there, and ones without a port that is up."""
+    for device, state in (("mlx5_0", "1: DOWN"), ("mlx5_1", "2: INIT"), ("mlx5_2", "4: ACTIVE")):
+        (tmp_path / device / "ports/1").mkdir(parents=True)
+        (tmp_path / device / "ports/1/state").write_text(f"{state}\n")
+    monkeypatch.setattr(mooncake, "INFINIBAND", tmp_path)
+    store = STORES.get(kind)
+    for devices, message in (
+        ("mlx5_2,mlx5_7", rf"store.devices: wanted mlx5_7, but {tmp_path} has mlx5_0, mlx5_1"),
+        ("mlx5_0,mlx5_1", r"wanted rdma, but no port of mlx5_0, mlx5_1 is active"),
+    ):
+        config = store.Config(protocol="rdma", devices=devices, capacity_bytes=1 << 16)
+        with pytest.raises(StoreError, match=message):
+            store.writer(config)
+    for devices in ("", "mlx5_2", "mlx5_0,mlx5_2"):
+        mooncake.expect_protocol("rdma", devices)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +102,7 @@ def test_no_master() -> None:
 
 def own_master(pipe: Connection) -> None:
     store = STORES.get("mooncake_store")
-    writer = store.writer(MooncakeStoreConfig(capacity_bytes=1 << 16))
+    writer = store.writer(MooncakeStoreConfig(capacity_bytes=1 << 16, **LINK))
     ref = writer.put(make_sample(1), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
     pipe.send((writer.address(), ref.to_json(), writer._master.pid))
     time.sleep(600)
@@ -99,7 +117,7 @@ def test_master_of_the_producer_ends_with_it() -> None:
         with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
             assert same_sample(lease.sample, make_sample(1))
         kill(process)
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 10.0 * SLOWDOWN
     while Path(f"/proc/{pid}/cmdline").exists() and is_running(pid):
         assert time.monotonic() < deadline, f"mooncake_master {pid} still runs"
         time.sleep(0.02)
@@ -108,7 +126,7 @@ def test_master_of_the_producer_ends_with_it() -> None:
         reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
     with pytest.raises(ProducerLost, match=r"its master at 127.0.0.1:\d+ has ended"):
         MooncakeStoreReader(address)
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 10.0 * SLOWDOWN
     reader.close()
     reader.close()
 
@@ -133,8 +151,12 @@ def start_with_a_bad_flag(self: Master, port: int, metrics_port: int) -> Any:
 START = Master._start
 
 
+def put_one_config() -> MooncakeP2PConfig:
+    return MooncakeP2PConfig(capacity_bytes=1 << 20, read_timeout_s=1.0 * SLOWDOWN, **LINK)
+
+
 def put_one(pipe: Connection) -> None:
-    writer = MooncakeP2PStore.writer(MooncakeP2PConfig(capacity_bytes=1 << 20, read_timeout_s=1.0))
+    writer = MooncakeP2PStore.writer(put_one_config())
     ref = writer.put(make_sample(1, 200), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
     pipe.send((writer.address(), ref.to_json()))
     time.sleep(600)
@@ -158,7 +180,8 @@ def test_a_read_has_a_deadline(stopped: tuple[Any, Any, int]) -> None:
     """What it may still write to is not used again; afterwards all goes on."""
     reader, ref, pid = stopped
     with pytest.raises(
-        TransferTimeout, match=r"waited 1\.\d s for the slot of sample 'sample-1' at"
+        TransferTimeout,
+        match=rf"waited {SLOWDOWN:.0f}\.\d s for the slot of sample 'sample-1' at",
     ):
         reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
     assert len(reader._pool._quarantine) == 1

@@ -74,12 +74,30 @@ def module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def expect_protocol(protocol: Protocol) -> None:
+def expect_protocol(protocol: Protocol, devices: str) -> None:
     """StoreError if it is not to be had: Mooncake itself would use TCP and say nothing."""
-    if protocol == "rdma" and not (INFINIBAND.is_dir() and any(INFINIBAND.iterdir())):
+    if protocol != "rdma":
+        return
+    found = sorted(path.name for path in INFINIBAND.iterdir()) if INFINIBAND.is_dir() else []
+    if not found:
         raise StoreError(
             f"store.protocol: wanted rdma, but {INFINIBAND} has no device; tcp has to be asked for"
         )
+    wanted = devices.split(",") if devices else found
+    if missing := set(wanted) - set(found):
+        raise StoreError(
+            f"store.devices: wanted {', '.join(sorted(missing))}, "
+            f"but {INFINIBAND} has {', '.join(found)}"
+        )
+    if not any(_has_active_port(INFINIBAND / name) for name in wanted):
+        raise StoreError(
+            f"store.protocol: wanted rdma, but no port of {', '.join(wanted)} is active"
+        )
+
+
+def _has_active_port(device: Path) -> bool:
+    states = (device / "ports").glob("*/state")
+    return any(state.read_text().strip().endswith("ACTIVE") for state in states)
 
 
 def local_host(towards: str) -> str:

@@ -373,7 +373,7 @@ class MooncakeP2PReader:
 
 
 def _engine(host: str, protocol: mooncake.Protocol, devices: str) -> Any:
-    mooncake.expect_protocol(protocol)
+    mooncake.expect_protocol(protocol, devices)
     engine = mooncake.module("mooncake.engine").TransferEngine()
     code = engine.initialize(host, mooncake.HANDSHAKE, protocol, devices)
     if code != 0:
