@@ -145,12 +145,17 @@ def receive(pipe: Connection) -> Any:
     return pipe.recv()
 
 
+START = "spawn" if SLOWDOWN == 1 else "forkserver"
+"""Where importing takes a minute it is done once, by a process that does nothing else."""
+multiprocessing.set_forkserver_preload(["pytest", "torch", "specforge_ext.store"])
+
+
 @contextmanager
 def started(
     child: Callable[..., None], *arguments: object
 ) -> Iterator[tuple[BaseProcess, Connection]]:
     """A fresh process with one end of a pipe; killed at the end if it still runs."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(theirs, *arguments))
     process.start()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -142,6 +144,33 @@ def test_master_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Master, "_start", start_with_a_bad_flag)
     with pytest.raises(StoreError, match=r"mooncake_master ended with code 1; its log ends:\n"):
         Master()
+
+
+LATE = """
+import http.server, socket, sys, threading, time
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Health)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+time.sleep(1.0)
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+time.sleep(600)
+"""
+
+
+def test_a_master_is_ready_when_it_listens_for_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow one answers about its health well before."""
+
+    def start(self: Master, port: int, metrics_port: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-S", "-c", LATE, str(port), str(metrics_port)])
+
+    monkeypatch.setattr(Master, "_start", start)
+    master = Master()
+    reachable = mooncake.is_reachable(master.address, timeout_s=5.0)
+    master.close()
+    assert reachable
 
 
 def start_with_a_bad_flag(self: Master, port: int, metrics_port: int) -> Any:

@@ -66,10 +66,10 @@ def judge(outcome: Outcome, out: Path) -> Verdict:
     boot_s, total_s = outcome.boot_s, outcome.total_s
     if outcome.late is not None:
         return Verdict(False, f"{outcome.late}; it was killed")
-    if boot_s is None or not (out / "exit").exists():
+    if not (out / "exit").exists():
         return Verdict(False, f"the guest ended after {total_s:.0f} s without a result")
     code = (out / "exit").read_text().strip()
-    if not (out / "junit.xml").exists():
+    if boot_s is None or not (out / "junit.xml").exists():
         return Verdict(False, f"no test ran: the guest's script ended with code {code}")
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for suite in ElementTree.parse(out / "junit.xml").getroot().iter("testsuite"):

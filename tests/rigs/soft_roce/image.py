@@ -6,6 +6,7 @@ import lzma
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -57,11 +58,9 @@ def install_packages() -> list[str]:
 
 def fetch_kernel(folder: Path) -> tuple[Path, str]:
     """Root of an unpacked kernel package, and the kernel's version. Kept for the next run."""
-    depends = run("apt-cache", "depends", "linux-image-amd64").split()
-    package = next(
-        (word for word in depends if word.startswith("linux-image-") and "." in word), ""
-    )
-    if not package:
+    depends = run("apt-cache", "depends", "linux-image-amd64").split()[1:]
+    package = next((word for word in depends if word.startswith("linux-image-")), None)
+    if package is None:
         raise RigError("apt-cache depends linux-image-amd64: wanted a kernel, got none")
     root, version = folder / package, package.removeprefix("linux-image-")
     if not root.exists():
@@ -93,8 +92,10 @@ def module_files(root: Path, version: str) -> list[Path]:
     return list(files)
 
 
-def make_initrd(folder: Path, modules: list[Path], settings: dict[str, str]) -> Path:
-    """busybox, the modules with their order, and the settings of `init`."""
+def make_initrd(
+    folder: Path, modules: list[Path], settings: Mapping[str, str], words: Sequence[str]
+) -> Path:
+    """busybox, the modules with their order, and what `init` reads: its settings and its words."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("bin", "modules", "proc", "sys", "dev", "host", "top", "both"):
         (folder / name).mkdir(parents=True)
@@ -107,7 +108,7 @@ def make_initrd(folder: Path, modules: list[Path], settings: dict[str, str]) -> 
     order = (f"{module.name.removesuffix('.xz')}\n" for module in modules)
     (folder / "modules" / "order").write_text("".join(order))
     text = "".join(f"{key}={shlex.quote(value)}\n" for key, value in settings.items())
-    (folder / "settings").write_text(text)
+    (folder / "settings").write_text(f"{text}set -- {shlex.join(words)}\n")
     initrd = folder.with_suffix(".cpio")
     names = "\n".join(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")))
     with initrd.open("wb") as file:

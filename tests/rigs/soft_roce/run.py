@@ -21,6 +21,11 @@ import image
 
 ROOT = Path(__file__).resolve().parents[3]
 WORK = ROOT / "build" / "soft_roce"
+TESTS = (
+    "tests/rigs/soft_roce/over_rdma.py",
+    "tests/test_store_contract.py",
+    "tests/test_store_mooncake.py",
+)
 ONE_AT_A_TIME = "\0specforge_ext.soft_roce"
 MEMORY_MIB = 2304
 TRANSLATED_MIB = 256
@@ -32,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--boot-s", type=float, default=240.0, help="deadline of rxe0")
     parser.add_argument("--total-s", type=float, default=1800.0, help="deadline of it all")
     parser.add_argument("--slowdown", type=float, default=10.0, help="of the tests' own deadlines")
+    parser.add_argument("tests", nargs="*", default=TESTS, help="words for pytest")
     return parser.parse_args()
 
 
@@ -75,7 +81,7 @@ def test(arguments: argparse.Namespace) -> guest.Verdict:
         "python": sys.executable,
         "slowdown": str(arguments.slowdown),
     }
-    initrd = image.make_initrd(WORK / "initrd", modules, settings)
+    initrd = image.make_initrd(WORK / "initrd", modules, settings, arguments.tests)
     print(f"kernel: {version}, {len(modules)} modules", flush=True)
     out, log = WORK / "out", WORK / "guest.log"
     shutil.rmtree(out, ignore_errors=True)
