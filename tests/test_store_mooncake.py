@@ -77,6 +77,38 @@ def test_package_that_is_missing(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         store.writer(store.Config(capacity_bytes=1 << 16, **config))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rdma_when_tcp_is_forced(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    store = STORES.get(kind)
+    with pytest.raises(StoreError, match=r"protocol: wanted rdma, but MC_FORCE_TCP is set"):
+        store.writer(store.Config(protocol="rdma", capacity_bytes=1 << 16))
+
+
+def test_the_protocol_of_engines_is_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to themselves they use RDMA where there is a device. What users set stays set."""
+    monkeypatch.delenv("MC_FORCE_TCP", raising=False)
+    for protocol, wanted in (("tcp", True), ("rdma", False)):
+        with mooncake.only(protocol):
+            assert ("MC_FORCE_TCP" in os.environ) is wanted
+        assert "MC_FORCE_TCP" not in os.environ
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    with mooncake.only("tcp"):
+        pass
+    assert os.environ["MC_FORCE_TCP"] == "1"
+
+
+def test_memory_that_mooncake_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TCP it takes any, so that the refusal is ours; over RDMA: over_rdma.py."""
+    limits = {mooncake.resource.RLIM_INFINITY: "none", 8 << 20: "8388608"}
+    for nbytes, text in limits.items():
+        monkeypatch.setattr(mooncake.resource, "getrlimit", lambda _, n=nbytes: (n, n))
+        with pytest.raises(
+            StoreError, match=rf"register 4096 bytes: error -5, memlock limit {text}$"
+        ):
+            mooncake.Pool(4096, lambda address, nbytes: -5)
+
+
 def test_config() -> None:
     with pytest.raises(ValueError, match=r"store.master: .*pattern.*, got 'nowhere'"):
         parse(MooncakeStoreConfig, {"master": "nowhere"}, where="store")

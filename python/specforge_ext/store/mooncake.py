@@ -7,9 +7,13 @@ ports listen on every interface; keep them within a network that is trusted.
 from __future__ import annotations
 
 import importlib
+import os
+import resource
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +27,10 @@ from specforge_ext.store.base import StoreError
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's name for: no metadata server, peers ask each other."""
+FORCE_TCP = "MC_FORCE_TCP"
 POOL_SLOTS = 4096
 Protocol = Literal["tcp", "rdma"]
+_ENVIRONMENT = threading.Lock()
 
 
 class MooncakeConfig(Config):
@@ -78,6 +84,8 @@ def expect_protocol(protocol: Protocol, devices: str) -> None:
     """StoreError if it is not to be had: Mooncake itself would use TCP and say nothing."""
     if protocol != "rdma":
         return
+    if FORCE_TCP in os.environ:
+        raise StoreError(f"store.protocol: wanted rdma, but {FORCE_TCP} is set")
     found = sorted(path.name for path in INFINIBAND.iterdir()) if INFINIBAND.is_dir() else []
     if not found:
         raise StoreError(
@@ -93,6 +101,33 @@ def expect_protocol(protocol: Protocol, devices: str) -> None:
         raise StoreError(
             f"store.protocol: wanted rdma, but no port of {', '.join(wanted)} is active"
         )
+
+
+def registration_error(nbytes: int, code: int) -> StoreError:
+    return StoreError(
+        f"Mooncake refused to register {nbytes} bytes: error {code}, {memlock_limit()}"
+    )
+
+
+def memlock_limit() -> str:
+    """For errors: RDMA locks what is registered, and only root may lock as much as it wants."""
+    nbytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return f"memlock limit {'none' if nbytes == resource.RLIM_INFINITY else nbytes}"
+
+
+@contextmanager
+def only(protocol: Protocol) -> Iterator[None]:
+    """For the making of an engine, which does not heed the protocol that it is given: it uses RDMA
+    where there is a device, but for an environment variable."""
+    with _ENVIRONMENT:
+        if protocol == "rdma" or FORCE_TCP in os.environ:
+            yield
+            return
+        os.environ[FORCE_TCP] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[FORCE_TCP]
 
 
 def _has_active_port(device: Path) -> bool:
@@ -136,7 +171,7 @@ class Pool:
         self.region = self._arena.regions[1]
         code = register(*self.region)
         if code != 0:
-            raise StoreError(f"Mooncake refused to register {nbytes} bytes: error {code}")
+            raise registration_error(nbytes, code)
 
     def acquire(self, nbytes: int, timeout_s: float) -> _C.ArenaReservation:
         """Room to write to. StoreFull, TransferTimeout."""

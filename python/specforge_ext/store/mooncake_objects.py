@@ -43,7 +43,10 @@ def connect(
     client = package.MooncakeDistributedStore()
     code = client.setup(host, mooncake.HANDSHAKE, segment_bytes, 0, protocol, devices, master)
     if code != 0:
-        raise StoreError(f"Mooncake could not join {master} over {protocol}: error {code}")
+        raise StoreError(
+            f"Mooncake could not join {master} over {protocol} with {segment_bytes} bytes: "
+            f"error {code}, {mooncake.memlock_limit()}"
+        )
     return client
 
 

@@ -109,7 +109,7 @@ class MooncakeP2PWriter:
         slots, data = self._shm.regions
         for address, nbytes in (slots, data, (self._acks.ctypes.data, self._acks.nbytes)):
             if (code := self._engine.register_memory(address, nbytes)) != 0:
-                raise StoreError(f"Mooncake refused to register {nbytes} bytes: error {code}")
+                raise mooncake.registration_error(nbytes, code)
         self._store = f"mooncake_p2p:{self._shm.epoch:016x}"
         self._address = Address(
             peer=f"{host}:{self._engine.get_rpc_port()}",
@@ -375,7 +375,8 @@ class MooncakeP2PReader:
 def _engine(host: str, protocol: mooncake.Protocol, devices: str) -> Any:
     mooncake.expect_protocol(protocol, devices)
     engine = mooncake.module("mooncake.engine").TransferEngine()
-    code = engine.initialize(host, mooncake.HANDSHAKE, protocol, devices)
+    with mooncake.only(protocol):
+        code = engine.initialize(host, mooncake.HANDSHAKE, protocol, devices)
     if code != 0:
         raise StoreError(f"Mooncake could not listen on {host} over {protocol}: error {code}")
     return engine

@@ -29,6 +29,6 @@ export SPECFORGE_EXT_TEST_PROTOCOL=rdma SPECFORGE_EXT_TEST_DEVICES=rxe0
 export SPECFORGE_EXT_TEST_SLOWDOWN=$slowdown
 # One-sided reads need no running producer: over_rdma.py has what is promised instead.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # importing takes long in here
-"$python" -m pytest -p pytest_timeout -p no:cacheprovider -v --color=no --timeout 300 \
+"$python" -m pytest -p pytest_timeout -p no:cacheprovider -v --color=no --tb=short --timeout 600 \
   --durations=8 --junitxml "$out/junit.xml" "$@" \
   --deselect tests/test_store_mooncake.py::test_a_read_has_a_deadline
