@@ -165,6 +165,36 @@ def test_master_of_the_producer_ends_with_it() -> None:
     reader.close()
 
 
+class Unanswered:
+    """An engine whose transfers never end."""
+
+    def batch_transfer_async_read(self, *_: object) -> int:
+        return 1
+
+    def transfer_check_status(self, batch: int) -> int:
+        return 0
+
+
+def test_a_killed_producer_is_seen_while_a_read_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it goes over RDMA: nothing answers any more. One that lives is waited for."""
+    with started(put_one, 60.0) as (process, pipe):
+        address, text = receive(pipe)
+        reader, ref = MooncakeP2PStore.reader(address), ref_from_json(text)
+        reader.open(ref, layout_hash=LAYOUT_HASH, verify=True).release()
+        assert not mooncake.has_ended(reader._at.peer)
+        kill(process)
+    began = time.monotonic()
+    with monkeypatch.context() as unanswered:
+        unanswered.setattr(reader, "_engine", Unanswered())
+        with pytest.raises(
+            ProducerLost, match=r"slot of sample 'sample-1': the producer at .* ended"
+        ):
+            reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
+    assert time.monotonic() - began < 10.0 * SLOWDOWN
+    assert len(reader._pool._quarantine) == 1
+    reader.close()
+
+
 def is_running(pid: int) -> bool:
     try:
         return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
@@ -212,12 +242,10 @@ def start_with_a_bad_flag(self: Master, port: int, metrics_port: int) -> Any:
 START = Master._start
 
 
-def put_one_config() -> MooncakeP2PConfig:
-    return MooncakeP2PConfig(capacity_bytes=1 << 20, read_timeout_s=1.0 * SLOWDOWN, **LINK)
-
-
-def put_one(pipe: Connection) -> None:
-    writer = MooncakeP2PStore.writer(put_one_config())
+def put_one(pipe: Connection, read_timeout_s: float) -> None:
+    writer = MooncakeP2PStore.writer(
+        MooncakeP2PConfig(capacity_bytes=1 << 20, read_timeout_s=read_timeout_s, **LINK)
+    )
     ref = writer.put(make_sample(1, 200), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
     pipe.send((writer.address(), ref.to_json()))
     time.sleep(600)
@@ -226,7 +254,7 @@ def put_one(pipe: Connection) -> None:
 @pytest.fixture
 def stopped() -> Iterator[tuple[Any, Any, int]]:
     """A reader, a ref and a producer that stands still."""
-    with started(put_one) as (process, pipe):
+    with started(put_one, 1.0 * SLOWDOWN) as (process, pipe):
         address, text = receive(pipe)
         reader = MooncakeP2PStore.reader(address)
         ref = ref_from_json(text)

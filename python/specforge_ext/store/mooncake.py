@@ -152,6 +152,19 @@ def is_reachable(address: str, *, timeout_s: float) -> bool:
     return True
 
 
+def has_ended(address: str) -> bool:
+    """Whether the host says that nobody listens at "host:port". One that says nothing may only be
+    slow."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @dataclass(frozen=True)
 class _Quarantined:
     slot: _C.ArenaReservation

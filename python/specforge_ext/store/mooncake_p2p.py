@@ -45,6 +45,8 @@ READY = (2, 3)
 """States of a slot that may be read (csrc/transport/slot_word.h): ready, and leased on its host."""
 LOOK_EVERY_S = (0.002, 0.05)
 POLL_EVERY_S = (0.00005, 0.001)
+LOST_EVERY_S = 1.0
+"""An RDMA read of a process that was killed may stay without an answer."""
 
 
 class MooncakeP2PConfig(mooncake.MooncakeConfig):
@@ -339,11 +341,17 @@ class MooncakeP2PReader:
                 pending.append(batch)
             failed = failed or (batch is not None and batch <= 0)
         wait = mooncake.Pauses(*POLL_EVERY_S, self._at.read_timeout_s)
+        look_s = LOST_EVERY_S
         while True:
             statuses = self._poll(pending)
             failed = failed or -1 in statuses
             if not pending:
                 break
+            if wait.waited_s > look_s:
+                look_s = wait.waited_s + LOST_EVERY_S
+                if mooncake.has_ended(self._at.peer):
+                    self._pool.quarantine(slot, lambda: self._is_over(pending))
+                    raise ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
             if not wait.sleep():
                 self._pool.quarantine(slot, lambda: self._is_over(pending))
                 raise TransferTimeout(f"{what} at {self._at.peer}", wait.waited_s)

@@ -112,7 +112,9 @@ def test_it_is_rdma_that_carries_the_payload(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("kind", OVER_MOONCAKE)
-def test_the_counters_tell_tcp_apart(kind: str) -> None:
+def test_the_counters_tell_tcp_apart(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there is a device, and a user who told Mooncake to look for one."""
+    monkeypatch.setenv("MC_MS_AUTO_DISC", "1")
     for pair in connected(kind, protocol="tcp"):
         moved = traffic_of_a_read(pair)
         assert moved.rdma_packets == 0
@@ -174,7 +176,7 @@ def test_a_producer_whose_registration_ended() -> None:
 
 def test_a_producer_that_stands_still_is_read() -> None:
     """The device reads its memory: nothing of the process is needed."""
-    with started(put_one) as (process, pipe):
+    with started(put_one, TIMEOUT_S) as (process, pipe):
         address, text = receive(pipe)
         reader, ref = MooncakeP2PStore.reader(address), ref_from_json(text)
         reader.open(ref, layout_hash=LAYOUT_HASH, verify=True).release()
