@@ -161,11 +161,16 @@ def commit() -> str:
 
 @dataclass
 class Report:
-    """Rows of results, printed as they come; `write` stores them as JSON."""
+    """Rows of results, printed as they come; `write` stores them as JSON.
+
+    line: how a row is printed, if not as all benchmarks do. notes: more keys of the JSON.
+    """
 
     bench: str
     baseline: str
     rows: list[dict[str, Value]] = field(default_factory=list)
+    line: Callable[[dict[str, Value]], str] | None = None
+    notes: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         print(f"# {self.bench} | {machine()} | commit {commit()}", flush=True)
@@ -185,7 +190,7 @@ class Report:
             **extra,
         }
         self.rows.append(row)
-        print(self._line(row), flush=True)
+        print((self.line or self._line)(row), flush=True)
 
     def _line(self, row: dict[str, Value]) -> str:
         peak = row["peak_bytes"]
@@ -207,6 +212,7 @@ class Report:
             "machine": machine(),
             "commit": commit(),
             "baseline": self.baseline,
+            **self.notes,
             "rows": self.rows,
         }
         path.write_text(json.dumps(content, indent=1) + "\n")

@@ -35,6 +35,7 @@ from specforge_ext.methods.eagle3 import Eagle3Config, Eagle3Method
 from specforge_ext.records import (
     DraftVocab,
     PackedBatch,
+    StepContext,
     TargetSpec,
     TargetWeights,
     lengths_to_cu_seqlens,
@@ -157,7 +158,7 @@ def our_step(problem: Problem, *, compaction: bool) -> Step:
 
     def step() -> tuple[Tensor, dict[str, Tensor]]:
         draft.zero_grad(set_to_none=True)
-        result = method.step(draft, problem.batch)
+        result = method.step(draft, problem.batch, StepContext(step=0, total_steps=1, seed=0))
         loss = result.loss_sum / result.weight_sum
         loss.backward()
         return loss.detach(), gradients(draft)

@@ -13,6 +13,7 @@
 #include "loss/step_sums.h"
 #include "pack/anchors.h"
 #include "pack/block_mask.h"
+#include "pack/cod_chains.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
 
@@ -242,6 +243,20 @@ void bind_blocks(py::module_& m) {
       py::arg("kv"), py::arg("q"), py::arg("stream") = 0, NoGil());
 }
 
+void bind_chains(py::module_& m) {
+  m.def(
+      "cod_chains",
+      [](const TensorView& loss_mask, const TensorView& cu_seqlens, const TensorView& sample_keys,
+         uint64_t seed, int64_t step, double ratio, double min_ratio, const TensorView& anchors,
+         const TensorView& cu_depths) {
+        cod_chains(loss_mask, cu_seqlens, sample_keys, {seed, step, ratio, min_ratio}, anchors,
+                   cu_depths);
+      },
+      py::arg("loss_mask"), py::arg("cu_seqlens"), py::arg("sample_keys"), py::arg("seed"),
+      py::arg("step"), py::arg("ratio"), py::arg("min_ratio"), py::arg("anchors"),
+      py::arg("cu_depths"), NoGil());
+}
+
 std::span<const char> bytes_of(const py::buffer_info& info) {
   if (info.ndim != 1 || (info.shape[0] > 1 && info.strides[0] != info.itemsize)) {
     throw ArgumentError("crc32c: data must be one-dimensional and contiguous, got " +
@@ -291,6 +306,7 @@ void bind_ops(py::module_& m) {
   bind_attention(m);
   bind_core(m);
   bind_blocks(m);
+  bind_chains(m);
 }
 
 }  // namespace sf

@@ -80,22 +80,6 @@ std::unique_ptr<Reservation> acquire(Producer& self, uint64_t nbytes, double tim
   }));
 }
 
-py::typing::Dict<py::str, py::int_> stats(Producer& self) {
-  const ArenaStats now = self.stats();
-  const auto count = [&](SlotState state) { return now.slots[static_cast<uint8_t>(state)]; };
-  py::typing::Dict<py::str, py::int_> out;
-  out["capacity_bytes"] = now.capacity_bytes;
-  out["used_bytes"] = now.used_bytes;
-  out["largest_free_bytes"] = now.largest_free_bytes;
-  out["slots_free"] = count(SlotState::kFree);
-  out["slots_writing"] = count(SlotState::kWriting);
-  out["slots_ready"] = count(SlotState::kReady);
-  out["slots_leased"] = count(SlotState::kLeased);
-  out["slots_draining"] = count(SlotState::kDraining);
-  out["num_readers"] = now.num_consumers;
-  return out;
-}
-
 py::buffer_info bytes_of(const std::byte* data, uint64_t nbytes) {
   // Never marked read-only, for torch knows no such tensors and warns. A write through a reader's
   // view faults, because the pages are.
@@ -104,13 +88,31 @@ py::buffer_info bytes_of(const std::byte* data, uint64_t nbytes) {
 
 uintptr_t address(const void* data) { return reinterpret_cast<uintptr_t>(data); }
 
-// Where a network engine registers: slots first, then the payload. (address, nbytes) each.
-py::typing::List<py::typing::Tuple<py::int_, py::int_>> regions(const Producer& self) {
+// Where an engine or a device registers: slots first, then the payload. (address, nbytes) each.
+template <typename Side>
+py::typing::List<py::typing::Tuple<py::int_, py::int_>> regions(const Side& self) {
   const Mapping& mapping = *self.mapping();
   py::typing::List<py::typing::Tuple<py::int_, py::int_>> out;
   out.append(py::make_tuple(address(&mapping.header()), mapping.fixed().control_bytes));
   out.append(py::make_tuple(address(mapping.payload()), mapping.fixed().payload_bytes));
   return out;
+}
+
+// The last view may be dropped by any thread.
+void before_unmap(Consumer& self, py::typing::Callable<void()> call) {
+  const std::shared_ptr<py::function> held(new py::function(std::move(call)),
+                                           [](py::function* function) {
+                                             const py::gil_scoped_acquire locked;
+                                             delete function;
+                                           });
+  self.mapping()->before_unmap([held] {
+    const py::gil_scoped_acquire locked;
+    try {
+      (*held)();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("specforge_ext arena, before it is unmapped");
+    }
+  });
 }
 
 void bind_producer(py::module_& m) {
@@ -142,7 +144,7 @@ void bind_producer(py::module_& m) {
                              [](const Producer& self) { return self.mapping()->address().text(); })
       .def_property_readonly("epoch",
                              [](const Producer& self) { return self.mapping()->fixed().epoch; })
-      .def_property_readonly("regions", &regions,
+      .def_property_readonly("regions", &regions<Producer>,
                              "(address, nbytes) of the slots' pages and of the payload.")
       .def("acquire", &acquire, py::arg("nbytes"), py::arg("timeout_s"),
            "A writable slot. Waits without the GIL. StoreFull, TransferTimeout.")
@@ -162,7 +164,7 @@ void bind_producer(py::module_& m) {
           py::arg("path"), "Let readers in at a unix socket as well; its address for them.")
       .def("reap", &Producer::reap, py::call_guard<py::gil_scoped_release>(),
            "Return the leases of ended readers; the number of those readers.")
-      .def("stats", &stats);
+      .def("stats", &arena_stats);
 }
 
 void bind_consumer(py::module_& m) {
@@ -181,6 +183,10 @@ void bind_consumer(py::module_& m) {
       .def_property_readonly("epoch",
                              [](const Consumer& self) { return self.mapping()->fixed().epoch; })
       .def_property_readonly("producer_alive", &Consumer::producer_alive)
+      .def_property_readonly("regions", &regions<Consumer>,
+                             "(address, nbytes) of the slots' pages and of the payload.")
+      .def("before_unmap", &before_unmap, py::arg("call"),
+           "Called once, when the last lease and this reader are gone.")
       .def("reap", &Consumer::reap, py::call_guard<py::gil_scoped_release>(),
            "Free the slots an ended producer was writing; how many they were.")
       .def(
@@ -199,6 +205,22 @@ void bind_consumer(py::module_& m) {
 }
 
 }  // namespace
+
+py::typing::Dict<py::str, py::int_> arena_stats(Producer& self) {
+  const ArenaStats now = self.stats();
+  const auto count = [&](SlotState state) { return now.slots[static_cast<uint8_t>(state)]; };
+  py::typing::Dict<py::str, py::int_> out;
+  out["capacity_bytes"] = now.capacity_bytes;
+  out["used_bytes"] = now.used_bytes;
+  out["largest_free_bytes"] = now.largest_free_bytes;
+  out["slots_free"] = count(SlotState::kFree);
+  out["slots_writing"] = count(SlotState::kWriting);
+  out["slots_ready"] = count(SlotState::kReady);
+  out["slots_leased"] = count(SlotState::kLeased);
+  out["slots_draining"] = count(SlotState::kDraining);
+  out["num_readers"] = now.num_consumers;
+  return out;
+}
 
 void bind_transport(py::module_& m) {
   py::register_exception_translator(&translate);

@@ -25,5 +25,6 @@ PYBIND11_MODULE(_C, m) {
   });
   sf::bind_ops(m);
   sf::bind_transport(m);
+  sf::bind_device_arena(m);
   sf::bind_wire(m);
 }

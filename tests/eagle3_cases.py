@@ -17,12 +17,14 @@ from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.records import (
     DraftVocab,
     PackedBatch,
+    StepContext,
     TargetSpec,
     TargetWeights,
     lengths_to_cu_seqlens,
 )
 
 HIDDEN, FFN, VOCAB = 24, 40, 61
+AT = StepContext(step=0, total_steps=1, seed=0)
 
 
 def target(*, seed: int = 0, heads: int = 4, kv_heads: int = 2, head_dim: int = 8) -> TargetWeights:

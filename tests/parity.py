@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specforge_ext.methods._block.plan import Anchors
+from specforge_ext.methods.dflash import DFlashConfig, DFlashMethod
 from specforge_ext.methods.eagle3 import Eagle3Config, Eagle3Method
+from specforge_ext.methods.peagle import PEagleConfig, PEagleMethod
 from specforge_ext.records import (
     DraftVocab,
     PackedBatch,
+    StepContext,
     StepLoss,
     TargetSpec,
     TargetWeights,
@@ -30,6 +34,7 @@ from specforge_ext.records import (
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
+AT = StepContext(step=0, total_steps=1, seed=0)
 
 
 class Unsupported(Exception):
@@ -110,7 +115,7 @@ def eagle3_errors(case: Case, *, compaction: bool) -> Errors:
     draft = method.build(weights, vocab, seed=0)
     stored = case.group("weight.")
     draft.load_state_dict({name: stored[name] for name, _ in draft.named_parameters()})
-    result = method.step(draft, eagle3_batch(case))
+    result = method.step(draft, eagle3_batch(case), AT)
     loss = result.loss_sum / result.weight_sum
     loss.backward()
     expected = case.group("expect.")
@@ -121,10 +126,7 @@ def eagle3_errors(case: Case, *, compaction: bool) -> Errors:
             "loss": relative_error(loss, expected["loss"]),
             **{name: relative_error(metrics[name], expected[name]) for name in metrics},
         },
-        gradients={
-            name: relative_error(p.grad if p.grad is not None else torch.zeros(0), gradients[name])
-            for name, p in draft.named_parameters()
-        },
+        gradients=gradient_errors(draft, gradients),
     )
 
 
@@ -141,14 +143,19 @@ def eagle3_metrics(result: StepLoss, *, is_mean_of_rows: bool) -> dict[str, Tens
 
 
 def eagle3_target(case: Case) -> tuple[TargetWeights, DraftVocab]:
+    weights = target_weights(case, model_type="llama", num_layers=8)
+    return weights, DraftVocab(t2d=case.tensors["weight.t2d"], d2t=case.tensors["weight.d2t"])
+
+
+def target_weights(case: Case, *, model_type: str, num_layers: int) -> TargetWeights:
     config = case.info["config"]
     spec = TargetSpec(
         name=case.name,
-        model_type="llama",
+        model_type=model_type,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
-        num_layers=8,
+        num_layers=num_layers,
         num_heads=config["num_attention_heads"],
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
@@ -158,19 +165,27 @@ def eagle3_target(case: Case) -> tuple[TargetWeights, DraftVocab]:
         max_position_embeddings=config["max_position_embeddings"],
         dtype="float32",
     )
-    tensors = case.tensors
-    weights = TargetWeights(
+    return TargetWeights(
         spec=spec,
-        embed_tokens=tensors["target.embed_tokens.weight"],
-        lm_head=tensors["target.lm_head.weight"],
+        embed_tokens=case.tensors["target.embed_tokens.weight"],
+        lm_head=case.tensors["target.lm_head.weight"],
         final_norm=torch.ones(spec.hidden_size),
     )
-    return weights, DraftVocab(t2d=tensors["weight.t2d"], d2t=tensors["weight.d2t"])
 
 
 def eagle3_batch(case: Case) -> PackedBatch:
-    """The padded tensors of the case, packed by the true lengths."""
-    lengths = tuple(case.info["lengths"])
+    return packed_batch(case, {"aux": "aux_hidden", "last": "last_hidden"})
+
+
+def true_lengths(case: Case) -> tuple[int, ...]:
+    """All of the padded length where the case names none."""
+    samples, padded = case.tensors["input.input_ids"].shape
+    return tuple(case.info.get("lengths", [padded] * samples))
+
+
+def packed_batch(case: Case, features: dict[str, str]) -> PackedBatch:
+    """The padded tensors of the case, packed by the true lengths. features: ours -> the case's."""
+    lengths = true_lengths(case)
 
     def pack(name: str) -> Tensor:
         rows = case.tensors[f"input.{name}"]
@@ -182,12 +197,132 @@ def eagle3_batch(case: Case) -> PackedBatch:
         input_ids=pack("input_ids"),
         loss_mask=pack("loss_mask"),
         positions=torch.cat([torch.arange(n) for n in lengths]),
-        features={"aux": pack("aux_hidden"), "last": pack("last_hidden")},
+        features={ours: pack(theirs) for ours, theirs in features.items()},
         cu_seqlens=lengths_to_cu_seqlens(lengths),
     )
 
 
-VARIANTS: dict[str, Callable[[Case], dict[str, Errors]]] = {"eagle3": eagle3_variants}
+DPACE = {
+    "dpace": "suffix",
+    "dpace-cumulative-confidence-only": "prefix",
+    "dpace-continuation-value-only": "suffix_over_prefix",
+}
+
+
+def dflash_variants(case: Case) -> dict[str, Errors]:
+    options = dict(case.info["options"])
+    loss = options["loss_type"]
+    if loss != "dflash" and loss not in DPACE:
+        raise Unsupported(f"option loss_type={loss!r} of method 'dflash'")
+    config = case.info["config"]
+    weights = target_weights(case, model_type="qwen3", num_layers=config["num_target_layers"])
+    method = DFlashMethod(
+        DFlashConfig(
+            block_size=config["block_size"],
+            num_anchors=options["num_anchors"],
+            num_layers=config["num_hidden_layers"],
+            layer_ids=tuple(i + 1 for i in config["dflash_config"]["target_layer_ids"]),
+            mask_token_id=config["dflash_config"]["mask_token_id"],
+            gamma=options["loss_decay_gamma"],
+            dpace=DPACE.get(loss),
+            dpace_alpha=options["dpace_alpha"],
+        )
+    )
+    draft = method.build(weights, DraftVocab.full(config["vocab_size"]), seed=0)
+    draft.load_state_dict(case.group("weight."))
+    result = method.step_at(draft, packed_batch(case, {"hidden": "hidden_states"}), anchors(case))
+    loss_mean = result.loss_sum / result.weight_sum
+    loss_mean.backward()
+    rows = result.metrics["rows"].sum()
+    return {
+        "packed": Errors(
+            losses={
+                name: relative_error(got, torch.tensor(case.info["expected"][name]))
+                for name, got in (
+                    ("loss", loss_mean),
+                    ("accuracy", result.metrics["correct"].sum() / rows),
+                    ("accuracy_denom", rows),
+                )
+            },
+            gradients=gradient_errors(draft, case.group("grad.")),
+        )
+    }
+
+
+def anchors(case: Case) -> Anchors:
+    """Those of the case, where kept, packed by the true lengths."""
+    starts = lengths_to_cu_seqlens(true_lengths(case))
+    keep = case.tensors["input.anchor_keep"].bool()
+    places = case.tensors["input.anchors"] + starts[:-1, None]
+    return Anchors(places[keep].int(), lengths_to_cu_seqlens(keep.sum(1).tolist()))
+
+
+def gradient_errors(draft: torch.nn.Module, expected: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        name: relative_error(p.grad if p.grad is not None else torch.zeros(0), expected[name])
+        for name, p in draft.named_parameters()
+    }
+
+
+def peagle_variants(case: Case) -> dict[str, Errors]:
+    return {
+        "compaction": peagle_errors(case, compaction=True),
+        "all rows": peagle_errors(case, compaction=False),
+    }
+
+
+def peagle_errors(case: Case, *, compaction: bool) -> Errors:
+    """Forward only, on the chains of the case. Ids and teacher are those of the next position."""
+    config, options = case.info["config"], case.info["options"]
+    vocab = DraftVocab(t2d=case.tensors["weight.t2d"], d2t=case.tensors["weight.d2t"])
+    method = PEagleMethod(
+        PEagleConfig(
+            num_depths=options["num_depths"],
+            num_layers=config["num_hidden_layers"],
+            down_sample_ratio=options["down_sample_ratio"],
+            down_sample_ratio_min=options["down_sample_ratio_min"],
+            mask_token_id=options["mask_token_id"],
+            draft_vocab_size=vocab.size,
+            compaction=compaction,
+        )
+    )
+    case.info["config"] = {"max_position_embeddings": 512, **config}
+    stored = case.group("weight.")
+    logits = case.tensors["input.target_logits"]
+    # The case holds the target's logits: hidden states of a target whose head is the identity.
+    case.tensors["target.lm_head.weight"] = torch.eye(config["vocab_size"])
+    case.tensors["target.embed_tokens.weight"] = stored["embed_tokens.weight"]
+    case.tensors["input.last_hidden"] = logits.roll(1, dims=1)
+    batch = packed_batch(case, {"aux": "aux_hidden", "last": "last_hidden"})
+    draft = method.build(target_weights(case, model_type="llama", num_layers=8), vocab, seed=0)
+    draft.load_state_dict({name: stored[name] for name, _ in draft.named_parameters()})
+    anchors, depth = case.tensors["input.cod_anchor"], case.tensors["input.cod_depth"]
+    chains = [anchors[depth == d].int() for d in range(1, options["num_depths"])]
+    with torch.no_grad():
+        result = method.step_with(draft, replace(batch, input_ids=batch.input_ids.roll(1)), chains)
+    expected = case.info["expected"]
+    return Errors(
+        losses={
+            "loss": relative_error(
+                result.loss_sum / result.weight_sum, torch.tensor(expected["loss"])
+            ),
+            **{
+                f"{ours} at {d}": relative_error(
+                    result.metrics[ours][d], torch.tensor(expected[f"position_{d}_acc_{theirs}"])
+                )
+                for d in range(options["num_depths"])
+                for ours, theirs in (("correct", "sum"), ("rows", "total"))
+            },
+        },
+        gradients={"none recorded": 0.0},
+    )
+
+
+VARIANTS: dict[str, Callable[[Case], dict[str, Errors]]] = {
+    "dflash": dflash_variants,
+    "eagle3": eagle3_variants,
+    "peagle": peagle_variants,
+}
 
 
 def run(folder: Path) -> bool:

@@ -15,8 +15,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+import fake_cuda  # in processes that tests start it installs itself
+from specforge_ext import _C
 from specforge_ext.records import SampleRef
-from specforge_ext.store import STORES
+from specforge_ext.store import STORES, cuda_ipc
 from specforge_ext.store.base import StaleRef
 from store_cases import SLOWDOWN
 
@@ -24,8 +29,26 @@ OVER_MOONCAKE = ("mooncake_store", "mooncake_p2p")
 PROTOCOL = os.environ.get("SPECFORGE_EXT_TEST_PROTOCOL", "tcp")
 """Of the Mooncake stores. With rdma only they are tested, by `make test-rdma`."""
 LINK = {"protocol": PROTOCOL, "devices": os.environ.get("SPECFORGE_EXT_TEST_DEVICES", "")}
-KINDS = (*(("shm", "shared_dir") if PROTOCOL == "tcp" else ()), *OVER_MOONCAKE)
-CARRIERS = {"shm": "memory", "shared_dir": "file"} | dict.fromkeys(OVER_MOONCAKE, PROTOCOL)
+KINDS = (*(("shm", "shared_dir", "cuda_ipc") if PROTOCOL == "tcp" else ()), *OVER_MOONCAKE)
+CARRIERS = {"shm": "memory", "shared_dir": "file", "cuda_ipc": "cuda"} | dict.fromkeys(
+    OVER_MOONCAKE, PROTOCOL
+)
+
+
+def settings_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What its config needs here. Without a GPU cuda_ipc gets a driver made of memfds; skips with
+    the reason where a kind cannot be had."""
+    settings: dict[str, Any] = dict(LINK) if kind in OVER_MOONCAKE else {}
+    if kind == "cuda_ipc":
+        settings["checksum"] = True
+        if not torch.cuda.is_available():
+            if fake_cuda.real_driver():
+                pytest.skip("a CUDA driver without a GPU that torch can use")
+            monkeypatch.setenv(fake_cuda.WANTED, "1")
+            fake_cuda.install(monkeypatch.setattr)
+    if (reason := STORES.get(kind).unavailable()) is not None:
+        pytest.skip(reason)
+    return settings
 
 
 @dataclass
@@ -42,7 +65,7 @@ class Opened:
 
     def writer(self, capacity_bytes: int, **more: Any) -> Any:
         store = STORES.get(self.kind)
-        config = store.Config(capacity_bytes=capacity_bytes, **self.settings, **more)
+        config = store.Config(capacity_bytes=capacity_bytes, **{**self.settings, **more})
         return self._take(repr((self.kind, config)), lambda: store.writer(config))
 
     def reader(self, writer: Any) -> Any:
@@ -90,9 +113,9 @@ EMPTY: dict[str, Callable[[Any], None]] = {
 }
 
 
-def flip(writer: Any, ref: SampleRef, at: int) -> None:
+def flip(writer: Any, ref: SampleRef, at: int, bit: int | None = None) -> None:
     """Change a bit of a sample's byte behind the store's back; the second time changes it back."""
-    FLIP[ref.store.partition(":")[0]](writer, ref, at)
+    FLIP[ref.store.partition(":")[0]](writer, ref, at, at % 8 if bit is None else bit)
 
 
 def flip_in_file(fd: int, at: int, bit: int) -> None:
@@ -100,42 +123,51 @@ def flip_in_file(fd: int, at: int, bit: int) -> None:
     os.pwrite(fd, bytes([byte ^ (1 << bit)]), at)
 
 
-def flip_in_arena(writer: Any, ref: SampleRef, at: int) -> None:
+def flip_in_arena(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     fd = int(writer.address().split(":")[3])
     control = 4096 + 4096 * (64 * 1024 // 4096)  # the header, and 1024 slots of 64 bytes
     slot = 4096 + 64 * ref.slot
     offset = int.from_bytes(os.pread(fd, 8, slot + 8), "little")
-    flip_in_file(fd, control + offset + at, at % 8)
+    flip_in_file(fd, control + offset + at, bit)
 
 
-def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int) -> None:
-    flip_in_arena(writer._shm, ref, at)
+def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
+    flip_in_arena(writer._shm, ref, at, bit)
 
 
-def flip_in_folder(writer: Any, ref: SampleRef, at: int) -> None:
+def flip_on_gpu(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
+    reader = _C.DeviceArenaConsumer(cuda_ipc.use_device(None), writer.address())
+    whole = cuda_ipc.device_bytes(reader.lease(ref.slot, ref.generation))
+    whole[at] ^= 1 << bit
+    if whole.is_cuda:
+        torch.cuda.synchronize()
+
+
+def flip_in_folder(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     _, epoch, base = writer.address().split(":", 2)
     path = Path(base) / epoch / f"{ref.slot:08x}-{ref.generation:010x}"
     fd = os.open(path, os.O_RDWR)
-    flip_in_file(fd, at, at % 8)
+    flip_in_file(fd, at, bit)
     os.close(fd)
 
 
-def flip_in_mooncake(writer: Any, ref: SampleRef, at: int) -> None:
+def flip_in_mooncake(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     """Another object under the same key."""
     client, key = writer._client, f"specforge/{ref.store.split(':')[1]}/{ref.generation:x}"
     slot = writer._pool.acquire(ref.nbytes, 1.0)
     assert client.batch_get_into([key], [slot.address], [ref.nbytes]) == [ref.nbytes]
-    ctypes.c_ubyte.from_address(slot.address + at).value ^= 1 << (at % 8)
+    ctypes.c_ubyte.from_address(slot.address + at).value ^= 1 << bit
     assert client.remove(key, True) == 0
     assert client.batch_put_from([key], [slot.address], [ref.nbytes], writer._placement) == [0]
     slot.abort()
 
 
-FLIP: dict[str, Callable[[Any, SampleRef, int], None]] = {
+FLIP: dict[str, Callable[[Any, SampleRef, int, int], None]] = {
     "shm": flip_in_arena,
     "shared_dir": flip_in_folder,
     "mooncake_p2p": flip_in_registered_arena,
     "mooncake_store": flip_in_mooncake,
+    "cuda_ipc": flip_on_gpu,
 }
 
 

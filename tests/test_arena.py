@@ -24,9 +24,9 @@ from specforge_ext.store.base import (
     TransferTimeout,
 )
 
-HEADER = struct.Struct("<QIIQQQQqQ")  # csrc/transport/layout.h, FixedHeader
+HEADER = struct.Struct("<QIIQQQQqQQ")  # csrc/transport/layout.h, FixedHeader
 FIELDS = ["magic", "version", "max_slots", "control_bytes", "payload_bytes", "total_bytes"]
-FIELDS += ["epoch", "pid", "start"]
+FIELDS += ["epoch", "pid", "start", "place"]
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def test_header_is_checked_whole(producer: _C.ArenaProducer) -> None:
         (1 << 64) - 1,
     ]
     num_refused = 0
-    for field in FIELDS[:-2]:
+    for field in set(FIELDS) - {"pid", "start"}:
         limit = 32 if field in ("version", "max_slots") else 64
         for value in {v % (1 << limit) for v in hostile} - {good[field]}:
             content = HEADER.pack(*{**good, field: value}.values())
@@ -142,7 +142,7 @@ def test_header_is_checked_whole(producer: _C.ArenaProducer) -> None:
         _C.ArenaConsumer(address_of(producer, fd, good["epoch"]))
     with (
         memfd(content[:40], 40) as fd,
-        pytest.raises(ValueError, match="header of 64 bytes, got"),
+        pytest.raises(ValueError, match="header of 72 bytes, got"),
     ):
         _C.ArenaConsumer(address_of(producer, fd, good["epoch"]))
     with (

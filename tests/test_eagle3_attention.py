@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge_ext.methods.eagle3 import plan as plan_module
 from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
-from specforge_ext.nn import flash
+from specforge_ext.nn import flash, query_plan
 from specforge_ext.nn.attention import OwnKeys, split_attention
 from specforge_ext.nn.rope import Rope, inverse_frequencies, rotate
 
@@ -32,7 +31,7 @@ def plan_of(mask: Sequence[int], lengths: Sequence[int], ttt_length: int) -> Ttt
 @pytest.fixture(params=[2, 32], ids=["spans cut", "spans whole"])
 def holes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TttPlan:
     """Queries with gaps, a sample without any, a sample whose first rows do not ask."""
-    monkeypatch.setattr(plan_module, "_MAX_HOLE_ROWS", request.param)
+    monkeypatch.setattr(query_plan, "_MAX_HOLE_ROWS", request.param)
     mask = [0] * sum(LENGTHS)
     for u in (2, 6, 12, 15, 16, 19):
         mask[u] = 1

@@ -31,7 +31,7 @@ def run(
     method: Eagle3Method, draft: Eagle3Draft, packed: PackedBatch
 ) -> tuple[StepLoss, dict[str, Tensor]]:
     draft.zero_grad(set_to_none=True)
-    result = method.step(draft, packed)
+    result = method.step(draft, packed, cases.AT)
     result.loss_sum.backward()
     return result, cases.gradients(draft)
 

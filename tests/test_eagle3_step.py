@@ -19,7 +19,7 @@ def run(
     method: Eagle3Method, draft: Eagle3Draft, packed: PackedBatch
 ) -> tuple[StepLoss, dict[str, Tensor]]:
     draft.zero_grad(set_to_none=True)
-    result = method.step(draft, packed)
+    result = method.step(draft, packed, cases.AT)
     result.loss_sum.backward()
     return result, cases.gradients(draft)
 
@@ -128,7 +128,7 @@ def test_rows_see_only_their_past(u: int) -> None:
     mask = torch.zeros_like(packed.loss_mask)
     mask[u] = 1
     packed = replace(packed, loss_mask=mask)
-    before = method.step(draft, packed).metrics["loss"]
+    before = method.step(draft, packed, cases.AT).metrics["loss"]
     seen = {"aux": 0, "ids": 0, "last": 0}
     for s in range(24):
         aux, last, ids = (
@@ -137,15 +137,20 @@ def test_rows_see_only_their_past(u: int) -> None:
         aux[s] += 1
         last[s] -= 1
         ids[s] = (ids[s] + 7) % cases.VOCAB
-        changed = method.step(draft, cases.with_features(packed, aux=aux)).metrics["loss"] != before
+        changed = (
+            method.step(draft, cases.with_features(packed, aux=aux), cases.AT).metrics["loss"]
+            != before
+        )
         may = torch.arange(7) <= u - s
         assert not (changed & ~may).any(), s
         seen["aux"] += int(changed.sum())
-        changed = method.step(draft, replace(packed, input_ids=ids)).metrics["loss"] != before
+        changed = (
+            method.step(draft, replace(packed, input_ids=ids), cases.AT).metrics["loss"] != before
+        )
         assert s <= u + 1 or not changed.any(), s
         seen["ids"] += int(changed.any())
         moved = cases.with_features(packed, last=last)
-        changed = method.step(draft, moved).metrics["loss"] != before
+        changed = method.step(draft, moved, cases.AT).metrics["loss"] != before
         assert s == u + 1 or not changed.any(), s
         seen["last"] += int(changed.any())
     steps = min(u + 1, 7)
@@ -162,7 +167,7 @@ def test_masked_rows_have_zero_gradient() -> None:
     mask[2:6] = 1
     aux = packed.features["aux"].clone().requires_grad_()
     packed = replace(cases.with_features(packed, aux=aux), loss_mask=mask)
-    method.step(draft, packed).loss_sum.backward()
+    method.step(draft, packed, cases.AT).loss_sum.backward()
     assert aux.grad is not None
     assert (aux.grad[:4].abs().sum(1) > 0).all()
     assert (aux.grad[6:] == 0).all()
@@ -184,17 +189,17 @@ def test_last_position_never_counts() -> None:
     """Its teacher would be the next sample's first row."""
     method, draft, _ = cases.build(vocab_size=None)
     packed = cases.batch((6, 5))
-    before = method.step(draft, packed)
+    before = method.step(draft, packed, cases.AT)
     mask = packed.loss_mask.clone()
     mask[[5, 10]] = 1
-    after = method.step(draft, replace(packed, loss_mask=mask))
+    after = method.step(draft, replace(packed, loss_mask=mask), cases.AT)
     assert after.loss_sum.item() == before.loss_sum.item()
     assert torch.equal(after.metrics["scored"], before.metrics["scored"])
 
 
 def test_padded_denominator() -> None:
     method, draft, _ = cases.build(denominator="all_positions_mean")
-    result = method.step(draft, cases.batch((6, 15, 2)))
+    result = method.step(draft, cases.batch((6, 15, 2)), cases.AT)
     assert result.weight_sum.item() == 45
 
 
@@ -204,7 +209,7 @@ def test_bfloat16_autocast_is_near() -> None:
     exact, expected = run(method, draft, packed)
     draft.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        result = method.step(draft, packed)
+        result = method.step(draft, packed, cases.AT)
     result.loss_sum.backward()
     assert result.loss_sum.dtype == torch.float32
     assert result.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=0.01)
@@ -216,8 +221,11 @@ def test_bfloat16_features_are_accepted() -> None:
     packed = cases.batch((14,))
     rounded = {name: value.bfloat16() for name, value in packed.features.items()}
     again = {name: value.float() for name, value in rounded.items()}
-    loss = method.step(draft, cases.with_features(packed, **rounded)).loss_sum
-    assert loss.item() == method.step(draft, cases.with_features(packed, **again)).loss_sum.item()
+    loss = method.step(draft, cases.with_features(packed, **rounded), cases.AT).loss_sum
+    assert (
+        loss.item()
+        == method.step(draft, cases.with_features(packed, **again), cases.AT).loss_sum.item()
+    )
 
 
 def test_compiled_step_is_the_same() -> None:
@@ -226,7 +234,7 @@ def test_compiled_step_is_the_same() -> None:
     expected, gradients = run(method, draft, packed)
     draft.zero_grad(set_to_none=True)
     draft.compile(backend="eager")
-    result = method.step(draft, packed)
+    result = method.step(draft, packed, cases.AT)
     result.loss_sum.backward()
     assert result.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
     assert_near(cases.gradients(draft), gradients, tolerance=2e-6)
@@ -245,5 +253,5 @@ def test_cuda_step_is_the_cpu_step(compaction: bool) -> None:
     assert result.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-5)
     assert_near({name: g.cpu() for name, g in got.items()}, gradients, tolerance=1e-4)
     with torch.autocast("cuda", torch.bfloat16):
-        rounded = method.step(draft, packed.to(cuda)).loss_sum
+        rounded = method.step(draft, packed.to(cuda), cases.AT).loss_sum
     assert rounded.item() == pytest.approx(expected.loss_sum.item(), rel=0.01)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "specforge_ext"
 LAYERS = [
-    {"records", "config", "registry"},
+    {"records", "config", "registry", "copies"},
     {"ops", "assets"},
     {"nn", "prompts", "engines", "store"},
     {"loader", "methods"},

@@ -268,6 +268,8 @@ def op_arguments(case: LossCase) -> tuple[object, ...]:
         1.0,
         0.5,
         0.0,
+        0,
+        1.0,
         1 << 20,
         True,
         True,

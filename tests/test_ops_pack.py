@@ -183,7 +183,7 @@ def encoded_samples(lengths: list[int], width: int, groups: int) -> tuple[list[T
     return codes, scales
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("lengths", "width", "groups"),
     [([5, 3], 96, 3), ([0, 4, 1], 10, 5), ([2], 0, 1), ([700, 1, 300], 512, 4)],
@@ -223,8 +223,11 @@ def test_pack_samples_name_the_scales_that_do_not_fit() -> None:
         ops.pack_samples(ids, masks, features, scales=[[scales[1]], [scales[1]]])
     with pytest.raises(ValueError, match="feature 0 of sample 1 must be bf16, got"):
         ops.pack_samples(ids, masks, features, scales=[[scales[0]], [None]])
-    with pytest.raises(ValueError, match="packed feature 0 must be f32 or bf16 to be decoded, got"):
-        ops.pack_samples(ids, masks, features, scales=[[s] for s in scales], dtype=torch.float16)
+    with pytest.raises(
+        ValueError,
+        match=r"packed feature 0 must be f32, bf16 or, on the CPU, f16 to",
+    ):
+        ops.pack_samples(ids, masks, features, scales=[[s] for s in scales], dtype=torch.float64)
     with pytest.raises(ValueError, match="as many scales as features, or none, got 2"):
         ops.pack_samples(ids, masks, features, scales=[[scales[0], None], [scales[1]]])
 

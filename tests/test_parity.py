@@ -1,4 +1,4 @@
-"""The recorded EAGLE-3 cases, and what the comparison says of the others."""
+"""The recorded cases, and what the comparison says of the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 @pytest.mark.parametrize(
-    "name", ["eagle3_cold", "eagle3_trained", "eagle3_ragged", "eagle3_lkalpha"]
+    "name", ["eagle3_cold", "eagle3_trained", "eagle3_ragged", "eagle3_lkalpha", "peagle"]
 )
 def test_recorded_losses_and_gradients(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(GOLDEN / name)]) == 0
@@ -22,10 +22,16 @@ def test_recorded_losses_and_gradients(name: str, capsys: pytest.CaptureFixture[
     assert "compaction" in lines[0] and "all rows" in lines[1]
 
 
+@pytest.mark.parametrize("name", ["dflash_cold", "dflash_gamma7", "dflash_dpace"])
+def test_recorded_block_drafts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(GOLDEN / name)]) == 0
+    assert capsys.readouterr().out.split()[:2] == [name, "ok"]
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("dflash_cold", "unsupported method 'dflash'"),
+        ("domino_base", "unsupported method 'domino'"),
     ],
 )
 def test_unsupported_is_a_failure(

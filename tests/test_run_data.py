@@ -150,6 +150,12 @@ def test_a_store_too_small_for_the_steps_in_flight_is_refused() -> None:
     layout = FeatureLayout((FeatureSpec("aux", (1,), 8, "float32"),))
     steps = [GlobalStep(0, 0, (0, 1)), GlobalStep(1, 0, (2,))]
     needed = 3 * (110 * (8 * 4 + 5) + 2 * 8192)
-    check_room(steps, [100, 10, 50], layout, in_flight=3, capacity_bytes=needed)
+    each = layout.stored_bytes_per_token("none")
+    check_room(steps, [100, 10, 50], each, in_flight=3, capacity_bytes=needed)
     with pytest.raises(ValueError, match=rf"store\.capacity_bytes: wanted at least {needed} for 3"):
-        check_room(steps, [100, 10, 50], layout, in_flight=3, capacity_bytes=needed - 1)
+        check_room(steps, [100, 10, 50], each, in_flight=3, capacity_bytes=needed - 1)
+    each = layout.stored_bytes_per_token("fp8_e4m3_row")
+    needed = 3 * (110 * (8 + 4 + 5) + 2 * 8192)
+    check_room(steps, [100, 10, 50], each, in_flight=3, capacity_bytes=needed)
+    with pytest.raises(ValueError, match=rf"store\.capacity_bytes: wanted at least {needed} for 3"):
+        check_room(steps, [100, 10, 50], each, in_flight=3, capacity_bytes=needed - 1)

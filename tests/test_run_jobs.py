@@ -249,6 +249,8 @@ def test_two_ranks_equal_one(calm: Job, pair: Pair) -> None:
     for key in ("steps", "samples_trained", "tokens_trained", "samples_skipped"):
         assert two.summary()[key] == calm.summary()[key]
     assert two.steps() == calm.steps()
+    for job in (two, calm):  # also where ranks, kills and resumes are many
+        assert {line["transfer/bytes_copied_per_byte"] for line in job.metrics()} == {2.0}
     mine, wanted = (
         load_file(Path(job.summary()["export"]) / "model.safetensors") for job in (two, calm)
     )

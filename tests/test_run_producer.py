@@ -23,7 +23,7 @@ from specforge_ext.methods import METHODS
 from specforge_ext.records import FeatureLayout, Prompt, Sample
 from specforge_ext.runs.data import Dataset, read_dataset
 from specforge_ext.runs.link import ProducerLink, ProducerProcess
-from specforge_ext.runs.producer import Producer, remove_socket, unfit
+from specforge_ext.runs.producer import Producer, all_finite, remove_socket, unfit
 from specforge_ext.runs.recipe import Recipe, build, load
 from specforge_ext.runs.wire import listen
 from specforge_ext.store import STORES
@@ -47,6 +47,25 @@ def test_unfit_says_why() -> None:
         assert unfit(sample(x=good, y=broken)) == "y holds values that are not finite"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    """Wherever it stands; large values, whose sum overflows, are finite still."""
+    good = torch.randn(61, 67).to(dtype)
+    large = torch.full((61, 67), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(good) and all_finite(large) and all_finite(-large)
+    assert all_finite(torch.empty(0, 4, dtype=dtype))
+    generator = torch.Generator().manual_seed(0)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for at in torch.randint(good.numel(), (20,), generator=generator).tolist():
+            for source in (good, large):
+                broken = source.clone()
+                broken.view(-1)[at] = bad
+                assert not all_finite(broken)
+    opposite = good.clone()
+    opposite[3, 4], opposite[50, 60] = float("inf"), float("-inf")
+    assert not all_finite(opposite)
+
+
 class Serving:
     """A Producer in a thread, with as many links as are asked for."""
 
@@ -66,7 +85,7 @@ class Serving:
         return read_dataset(link.prepare(timeout_s=30.0, progress=lambda *_: None))
 
     def stream(self, link: ProducerLink, data: Dataset, *, rank: int, **config: Any) -> Stream:
-        address, _ = link.hello(layout_hash=self.layout.hash, timeout_s=5.0)
+        address = link.hello(layout_hash=self.layout.hash, timeout_s=5.0).address
         return Stream(
             steps=global_steps(data.train.lengths, self.recipe.order, seed=0),
             prompts=data.train,

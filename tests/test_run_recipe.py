@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from specforge_ext import _C, __version__, cli
+from specforge_ext.config import Config
 from specforge_ext.engines import ENGINES
 from specforge_ext.methods import METHODS
+from specforge_ext.registry import Registry
+from specforge_ext.runs import recipe as run_recipe
 from specforge_ext.runs.local import main, threads_each
 from specforge_ext.runs.recipe import RECIPES, load
 from specforge_ext.store import STORES
@@ -26,6 +29,7 @@ WRONG = {
     "method.tt_length=1": r"method\.tt_length: unknown key .*did you mean 'ttt_length'\?",
     "engine.max_batch_token=1": r"engine\.max_batch_token: .*did you mean 'max_batch_tokens'\?",
     "store.capacity=1": r"store\.capacity: .*did you mean 'capacity_bytes'\?",
+    "store.encoding=fp8": r"store\.encoding: .*'none' or 'fp8_e4m3_row', got 'fp8'",
     "data.trian.kind=1": r"data\.trian: unknown key 'trian', did you mean 'train'\?",
     "data.train.num_promts=1": r"data\.train\.num_promts: .*did you mean 'num_prompts'\?",
     "data.heldout.kind=python_stdli": r"'python_stdli', did you mean 'python_stdlib'\?",
@@ -139,3 +143,15 @@ def test_cli_passes_on_to_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'trainer'?" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(["fly"])
+
+
+class StoreWithoutEncoding:
+    Config = Config
+
+
+def test_config_of_a_store_is_a_store_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = Registry("store")
+    stores.add("shm", f"{__name__}:StoreWithoutEncoding")
+    monkeypatch.setattr(run_recipe, "STORES", stores)
+    with pytest.raises(TypeError, match=r"store.kind shm: wanted a StoreConfig, got Config"):
+        load("demo", [])

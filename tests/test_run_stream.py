@@ -34,7 +34,8 @@ from specforge_ext.runs.link import ProducerLink
 from specforge_ext.runs.local import SkipLog
 from specforge_ext.runs.wire import listen
 from specforge_ext.store import STORES
-from specforge_ext.store.base import CorruptFeature, ProducerLost, TransferTimeout
+from specforge_ext.store.base import CorruptFeature, ProducerLost, TransferTimeout, UnknownEncoding
+from specforge_ext.store.ref import ref_to_json
 from specforge_ext.trainer import World, open_world
 
 LAYOUT = FeatureLayout((FeatureSpec("x", (1,), 2, "float32"),))
@@ -276,8 +277,8 @@ def test_leaving_early_does_not_wait_for_the_producer(
     """As after SIGTERM: the thread waits for a step that nobody needs any more."""
     link, raw = peer
     step = STEPS[0]
-    refs = [store.put(PROMPTS[i]).to_json() for i in step.samples]
-    say(raw, op="refs", step=0, refs=refs, skipped=[])
+    refs = [ref_to_json(store.put(PROMPTS[i])) for i in step.samples]
+    say(raw, op="refs", step=0, refs=refs, skipped=[], copied={})
     steps = stream_of(link, store, timeout_s=60.0).iterate(0)
     assert next(steps).step == 0
     time.sleep(0.1)  # the thread waits for step 1
@@ -291,6 +292,21 @@ def test_leaving_early_does_not_wait_for_the_producer(
 def test_hello_of_another_layout(peer: tuple[ProducerLink, socket.socket]) -> None:
     say(peer[1], op="hello", store="shm:1", layout_hash="feed")
     with pytest.raises(ValueError, match="makes features of layout feed, this rank trains on cafe"):
+        peer[0].hello(layout_hash="cafe", timeout_s=5.0)
+
+
+def test_hello_of_an_encoding_to_come(peer: tuple[ProducerLink, socket.socket]) -> None:
+    say(
+        peer[1],
+        op="hello",
+        store="shm:1",
+        capacity_bytes=1,
+        layout_hash="cafe",
+        encoding="int4_row",
+    )
+    with pytest.raises(
+        UnknownEncoding, match="producer's store: wanted one of none, fp8_e4m3_row, got 'int4_row'"
+    ):
         peer[0].hello(layout_hash="cafe", timeout_s=5.0)
 
 

@@ -29,9 +29,9 @@ from specforge_ext.store.base import (
     TransferTimeout,
 )
 from specforge_ext.store.mooncake_master import Master
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from store_cases import LAYOUT_HASH, SLOWDOWN, TIMEOUT_S, make_prompt, make_sample, same_sample
-from store_kinds import CARRIERS, KINDS, LINK, OVER_MOONCAKE, Opened, flip, kill, receive, started
+from store_kinds import CARRIERS, KINDS, Opened, flip, kill, receive, settings_of, started
 
 HALF = 300
 """Tokens of a sample of more than a third and less than half of SMALL."""
@@ -64,15 +64,11 @@ def opened(
     tmp_path: Path,
     master: str | None,
     kept: dict[object, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Opened]:
-    settings: dict[str, Any] = {}
-    reason = STORES.get(request.param).unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    settings = settings_of(request.param, monkeypatch)
     if request.param == "shared_dir":
         settings["directory"] = tmp_path / "store"
-    if request.param in OVER_MOONCAKE:
-        settings |= LINK
     if request.param == "mooncake_store":
         settings["master"] = master
     opened = Opened(request.param, settings, kept)
@@ -82,7 +78,7 @@ def opened(
 
 def put(writer: Any, sample: Sample, timeout_s: float = TIMEOUT_S) -> SampleRef:
     ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=timeout_s)
-    assert ref_from_json(ref.to_json()) == ref
+    assert ref_from_json(ref_to_json(ref)) == ref
     return ref
 
 
@@ -358,13 +354,12 @@ def test_reader_in_another_process(opened: Opened) -> None:
     writer = opened.writer(SMALL)
     with started(consume, opened.kind, writer.address()) as (process, pipe):
         for index in range(40):
-            pipe.send(
-                put(writer, make_sample(index, 1 + 7 * index), timeout_s=3 * TIMEOUT_S).to_json()
-            )
+            sample = make_sample(index, 1 + 7 * index)
+            pipe.send(ref_to_json(put(writer, sample, timeout_s=3 * TIMEOUT_S)))
         pipe.send("")
         assert [receive(pipe) for _ in range(40)] == list(range(40))
         held = put(writer, make_sample(99, HALF))
-        pipe.send(held.to_json())
+        pipe.send(ref_to_json(held))
         assert receive(pipe) == "sample-99"
         kill(process)
     writer.reap()
@@ -379,7 +374,7 @@ def produce(pipe: Connection, kind: str, settings: dict[str, Any]) -> None:
     writer = store.writer(store.Config(capacity_bytes=SMALL, **settings))
     pipe.send(writer.address())
     for index in range(2):
-        pipe.send(put(writer, make_sample(index, 50)).to_json())
+        pipe.send(ref_to_json(put(writer, make_sample(index, 50))))
     time.sleep(600)
 
 

@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 
 from specforge_ext.config import parse
-from specforge_ext.store import STORES, mooncake
+from specforge_ext.store import STORES, mooncake, mooncake_store
+from specforge_ext.store import mooncake_objects as objects
 from specforge_ext.store.base import ProducerLost, StoreError, TransferTimeout
 from specforge_ext.store.mooncake_master import Master
 from specforge_ext.store.mooncake_p2p import MooncakeP2PConfig, MooncakeP2PStore
+from specforge_ext.store.mooncake_segment import OwnSegment
 from specforge_ext.store.mooncake_store import MooncakeStoreConfig
 from specforge_ext.store.mooncake_store_reader import MooncakeStoreReader
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from store_cases import LAYOUT_HASH, SLOWDOWN, TIMEOUT_S, make_sample, same_sample
 from store_kinds import LINK, kill, receive, started
 from store_kinds import OVER_MOONCAKE as KINDS
@@ -138,7 +140,7 @@ def own_master(pipe: Connection) -> None:
     store = STORES.get("mooncake_store")
     writer = store.writer(MooncakeStoreConfig(capacity_bytes=1 << 16, **LINK))
     ref = writer.put(make_sample(1), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    pipe.send((writer.address(), ref.to_json(), writer._master.pid))
+    pipe.send((writer.address(), ref_to_json(ref), writer._master.pid))
     time.sleep(600)
 
 
@@ -247,8 +249,61 @@ def put_one(pipe: Connection, read_timeout_s: float) -> None:
         MooncakeP2PConfig(capacity_bytes=1 << 20, read_timeout_s=read_timeout_s, **LINK)
     )
     ref = writer.put(make_sample(1, 200), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-    pipe.send((writer.address(), ref.to_json()))
+    pipe.send((writer.address(), ref_to_json(ref)))
     time.sleep(600)
+
+
+@pytest.fixture
+def both() -> Iterator[tuple[Any, Any]]:
+    store = STORES.get("mooncake_store")
+    writer = store.writer(store.Config(capacity_bytes=1 << 20))
+    reader = store.reader(writer.address())
+    yield writer, reader
+    reader.close()
+    writer.close()
+
+
+def test_a_sample_is_written_where_it_lies(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its own segment without a second copy; else through the registered pool, which is said."""
+    writer, reader = both
+    assert writer._segment.is_known
+    copied: list[int] = []
+    copies_from = writer._copies_from
+    monkeypatch.setattr(writer, "_copies_from", lambda at: copied.append(at) or copies_from(at))
+    sample = make_sample(1)
+    for endpoint, num_copied in ((writer._segment._endpoint, 0), ("elsewhere:1", 1), (None, 2)):
+        writer._segment._endpoint = endpoint
+        ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+        assert len(copied) == num_copied
+        with reader.open(ref, layout_hash=LAYOUT_HASH, verify=True) as lease:
+            assert same_sample(lease.sample, sample)
+        reader.ack(ref)
+        assert writer.health().num_samples == 0
+
+
+def test_a_segment_is_believed_only_by_its_bytes(both: tuple[Any, Any]) -> None:
+    """A descriptor's address may be that of another process, where nothing of ours may be
+    written."""
+    client = both[0]._client
+    for key, probe in ((objects.alive_key(both[0]._epoch), b"x" * 16), ("nobody's", b"")):
+        assert not OwnSegment(client, key, probe).is_known
+
+
+def test_a_put_that_fails_half_way_leaves_nothing(
+    both: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, _ = both
+
+    def fails(*args: object, **named: object) -> None:
+        raise ValueError("planted")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="planted"):
+        patched.setattr(mooncake_store.payload, "write_into", fails)
+        writer.put(make_sample(1), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
+    assert writer.health().num_samples == 0
+    assert writer._client.is_exist(writer._key(1)) == 0
 
 
 @pytest.fixture

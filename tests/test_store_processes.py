@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from specforge_ext.store.base import ProducerLost, StaleRef
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from specforge_ext.store.shm import ShmConfig, ShmStore
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample, same_sample
 
@@ -80,7 +80,7 @@ def produce(pipe: Connection, num_samples: int) -> None:
     pipe.send(writer.address())
     for index in range(num_samples):
         ref = writer.put(make_sample(index), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
-        pipe.send(ref.to_json())
+        pipe.send(ref_to_json(ref))
     time.sleep(600)
 
 
@@ -90,7 +90,7 @@ def test_stream_of_500() -> None:
         for index in range(NUM_STREAMED):
             sample = make_sample(index, 1 + index % 90)
             ref = writer.put(sample, layout_hash=LAYOUT_HASH, timeout_s=60)
-            pipe.send(ref.to_json())
+            pipe.send(ref_to_json(ref))
         pipe.send("")
         assert receive(pipe) == "all equal"
         assert writer.health().used_bytes == 0
@@ -103,7 +103,7 @@ def test_killed_consumer() -> None:
     refs = [writer.put(s, layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S) for s in samples]
     with started(hold, writer.address()) as (process, pipe):
         for ref in refs:
-            pipe.send(ref.to_json())
+            pipe.send(ref_to_json(ref))
         assert receive(pipe) == "holding 3"
         assert writer.reap() == 0
         health = writer.health()

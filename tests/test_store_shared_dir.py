@@ -14,7 +14,7 @@ import pytest
 from specforge_ext.config import parse
 from specforge_ext.store import shared_dir
 from specforge_ext.store.base import ProducerLost, StaleRef, StoreError
-from specforge_ext.store.ref import ref_from_json
+from specforge_ext.store.ref import ref_from_json, ref_to_json
 from specforge_ext.store.shared_dir import SharedDirConfig, SharedDirStore
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_sample
 from store_kinds import kill, receive, started
@@ -58,7 +58,7 @@ def leave(pipe: Any, folder: Path) -> None:
     writer = SharedDirStore.writer(config_of(folder))
     ref = writer.put(make_sample(1), layout_hash=LAYOUT_HASH, timeout_s=TIMEOUT_S)
     (folder / writer.address().split(":")[1] / ".00000001-0000000001").write_bytes(b"half")
-    pipe.send((writer.address(), ref.to_json()))
+    pipe.send((writer.address(), ref_to_json(ref)))
     threading.Event().wait(600)
 
 

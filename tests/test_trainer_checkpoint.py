@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -226,6 +227,20 @@ def test_resume_of_another_run(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(world, calm[1], **settings).fit()
+
+
+def test_resume_from_before_a_setting_existed(
+    world: World, tmp_path: Path, calm: tuple[Trainer, Path]
+) -> None:
+    """It stands for the default, here of a setting of the trainer."""
+    shutil.copytree(calm[1], tmp_path / "run")
+    meta = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "meta.json"
+    data = json.loads(meta.read_text())
+    assert data["identity"]["trainer"].pop("schedule") == "cosine"
+    meta.write_text(json.dumps(data))
+    assert make(world, tmp_path / "run").fit().resumed_step == STEPS
+    with pytest.raises(ValueError, match="wanted schedule = 'linear', got 'cosine'"):
+        make(world, tmp_path / "run", schedule="linear").fit()
 
 
 def test_identity_ignores_what_json_does() -> None:

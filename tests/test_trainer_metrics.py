@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from rich.console import Console
 
 import trainer_toy as toy
+from specforge_ext.copies import Stage
+from specforge_ext.loader import StepData
 from specforge_ext.trainer.distributed import World, open_world
 from specforge_ext.trainer.loop import Trainer
 from specforge_ext.trainer.metrics import JsonLines, scalars
@@ -63,6 +66,37 @@ def test_a_line_says_what_the_step_did(world: World, tmp_path: Path) -> None:
     assert abs(line["time"] - time.time()) < 600
     assert len(line["metrics"]["correct"]) == toy.DEPTH
     assert set(line["metrics"]) == {"correct"}
+
+
+class Counted(toy.ToySource):
+    """Says what its steps cost: step s delivers 100 * (s + 1) bytes."""
+
+    def iterate(self, start_step: int) -> Iterator[StepData]:
+        for data in super().iterate(start_step):
+            n = 100 * (data.step + 1)
+            put: dict[Stage, int] = {"put": n} if data.step == 1 else {}
+            yield replace(data, delivered_bytes=n, copied={"engine": n, "collate": 2 * n, **put})
+
+
+def test_copies_since_the_line_before(world: World, tmp_path: Path) -> None:
+    Trainer(
+        toy.config(log_every_steps=2), toy.ToyMethod(), toy.make_draft(), Counted(5),
+        output_dir=tmp_path, world=world,
+    ).fit()  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    name = "transfer/copied_per_byte"
+    assert [line["transfer/bytes_delivered"] for line in lines] == [300, 700, 500]
+    assert [line["transfer/bytes_copied_per_byte"] for line in lines] == [3 + 200 / 300, 3.0, 3.0]
+    assert [line[f"{name}/collate"] for line in lines] == [2.0, 2.0, 2.0]
+    assert [line.get(f"{name}/put") for line in lines] == [200 / 300, None, None]
+    assert scalars(lines[0])[f"{name}/engine"] == 1.0
+
+
+def test_a_source_that_counts_nothing(world: World, tmp_path: Path) -> None:
+    fit(world, tmp_path)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["transfer/bytes_delivered"] == 0
+    assert line["transfer/bytes_copied_per_byte"] is None
 
 
 def test_tensorboard(world: World, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import trainer_toy as toy
 from specforge_ext.config import parse
-from specforge_ext.records import StepLoss
+from specforge_ext.records import StepContext, StepLoss
 from specforge_ext.trainer.config import TrainerConfig
 from specforge_ext.trainer.distributed import World, open_world
 from specforge_ext.trainer.loop import Trainer, TrainResult
@@ -63,7 +63,8 @@ def plain_torch(config: TrainerConfig, steps: int) -> State:
         draft.parameters(), betas=config.betas, weight_decay=config.weight_decay
     )
     for step in range(steps):
-        loss = toy.ToyMethod().step(draft, toy.make_batch(step, range(toy.SAMPLES_PER_STEP)))
+        at = StepContext(step=step, total_steps=steps, seed=0)
+        loss = toy.ToyMethod().step(draft, toy.make_batch(step, range(toy.SAMPLES_PER_STEP)), at)
         adam.zero_grad()
         (loss.loss_sum / loss.weight_sum).backward()
         if config.clip_norm is not None:
@@ -194,8 +195,8 @@ def test_non_finite_loss(world: World, tmp_path: Path, value: float) -> None:
 
 def test_non_finite_gradient_leaves_the_parameters(world: World, tmp_path: Path) -> None:
     class Kink(toy.ToyMethod):
-        def step(self, draft: Any, batch: Any) -> StepLoss:
-            loss = super().step(draft, batch)
+        def step(self, draft: Any, batch: Any, at: StepContext) -> StepLoss:
+            loss = super().step(draft, batch, at)
             kink = (draft.scale * 0).sqrt().sum()  # value 0, slope 0 * inf
             return StepLoss(loss.loss_sum + kink, loss.weight_sum)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from specforge_ext.config import Config
-from specforge_ext.engines import ENGINES
+from specforge_ext.copies import copied
+from specforge_ext.engines import ENGINES, Into
 from specforge_ext.records import (
     FeatureLayout,
     Prompt,
@@ -69,7 +70,9 @@ class ToyEngine:
         norm = torch.full((SPEC.hidden_size,), self.config.final_norm, device=device)
         return TargetWeights(SPEC, table, table, norm)
 
-    def features(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> Iterator[Sample]:
+    def features(
+        self, prompts: Sequence[Prompt], layout: FeatureLayout, *, into: Into | None = None
+    ) -> Iterator[Sample]:
         for prompt in prompts:
             first = int(prompt.input_ids[0])
             if first in self.config.refused:
@@ -77,9 +80,11 @@ class ToyEngine:
             values = prompt.input_ids.float()
             if first in self.config.broken:
                 values = values * float("nan")
-            yield Sample(
-                prompt, {f.name: values[:, None].repeat(1, f.width) for f in layout.features}
-            )
+            shapes = {f.name: (len(prompt), f.width) for f in layout.features}
+            features = into(prompt) if into else {n: torch.empty(s) for n, s in shapes.items()}
+            for feature in features.values():
+                copied("engine", feature.copy_(values[:, None]).nbytes)
+            yield Sample(prompt, features)
 
     def generate(
         self,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specforge_ext.records import PackedBatch, StepLoss, lengths_to_cu_seqlens
+from specforge_ext.records import PackedBatch, StepContext, StepLoss, lengths_to_cu_seqlens
 from specforge_ext.trainer.config import TrainerConfig
 from specforge_ext.trainer.data import StepData
 
@@ -74,7 +74,7 @@ class ToyMethod:
     def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
         return self.shard_units(draft)
 
-    def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
+    def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         mask = batch.loss_mask.bool()
         scored = mask.sum()
         names = {"correct": "scored"}

@@ -36,6 +36,9 @@ part build 300 make build CUDA=ON BUILD=build/gpu
 part gates 200 python tools/cuda_gates.py --json "$out/gates.json"
 part pytest 500 python -m pytest -q -m gpu --junitxml "$out/pytest.xml"
 
+part info 60 python -m specforge_ext.cli info
+part stores 300 python -m pytest -q tests/test_store_contract.py -k cuda_ipc
+
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   # 65544: the smallest vocabulary that takes a cluster of 4

@@ -31,8 +31,11 @@ void check_feature(const PackSource& sample, size_t k, size_t f, const TensorVie
     source(name, feature.data, out.device).dtype({out.dtype}).shape({&length, &width});
     return;
   }
-  if (out.dtype != kF32 && out.dtype != kBF16) {
-    fail_argument(kOp, "packed feature " + std::to_string(f) + " must be f32 or bf16 to be decoded",
+  const bool half = out.dtype == kF16 && out.device.type == DeviceType::kCPU;
+  if (out.dtype != kF32 && out.dtype != kBF16 && !half) {
+    fail_argument(kOp,
+                  "packed feature " + std::to_string(f) +
+                      " must be f32, bf16 or, on the CPU, f16 to be decoded",
                   dtype_name(out.dtype));
   }
   source(name, feature.data, out.device).dtype({kU8}).shape({&length, &width});

@@ -8,10 +8,10 @@
 //   features f [T, width_f]        any dtype, that of the sources, or decoded:
 //
 // Encoding fp8_e4m3_row: feature f of sample k is [S_k, width_f] u8 (e4m3fn) and its scales are
-// [S_k, groups] f32, groups > 0 dividing width_f. Then features f is f32 | bf16, and element
-// [t, w] = e4m3 value * scales[t, w / (width_f / groups)], rounded to nearest even. Samples with
-// and without encoding may be mixed. `scales` of a sample: empty, or one view per feature, of rank
-// 0 where the feature is not encoded.
+// [S_k, groups] f32, groups > 0 dividing width_f. Then features f is f32 | bf16 (on the CPU also
+// f16), and element [t, w] = e4m3 value * scales[t, w / (width_f / groups)], rounded to nearest
+// even. Samples with and without encoding may be mixed. `scales` of a sample: empty, or one view
+// per feature, of rank 0 where the feature is not encoded.
 //
 // All contiguous. Outputs on the CPU: sources on the CPU too (the outputs may be pinned). Outputs
 // on CUDA: sources on that device, or in page-locked host memory, which is the caller's promise.

@@ -71,6 +71,10 @@ class Producer : public std::enable_shared_from_this<Producer> {
  public:
   static std::shared_ptr<Producer> create(uint64_t capacity_bytes, uint32_t max_slots,
                                           Watermarks marks = {});
+  // The payload in a GPU's memory. Whatever was written there must be complete, for every stream,
+  // before publish(): that is the caller's part.
+  static std::shared_ptr<Producer> create_on_device(int device, uint64_t capacity_bytes,
+                                                    uint32_t max_slots, Watermarks marks = {});
 
   const std::shared_ptr<Mapping>& mapping() const { return mapping_; }
 

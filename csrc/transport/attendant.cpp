@@ -165,7 +165,8 @@ void Attendant::let_in() {
   auto guest = meet(listener_);
   if (!guest) return;
   const uint64_t identity = guest_identity(++num_guests_ever_);
-  const Arena arena{mapping_->fd(), own_process_.get(), mapping_->fixed().epoch};
+  const Arena arena{mapping_->fd(), own_process_.get(), mapping_->fixed().epoch,
+                    mapping_->payload_fd()};
   const std::lock_guard lock(mutex_);
   // Known before it is let in: the word of an unknown reader counts as one of the dead.
   const auto it = guests_.emplace(identity, std::move(*guest)).first;

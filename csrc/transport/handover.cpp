@@ -202,7 +202,10 @@ std::optional<Guest> meet(const FileDescriptor& listener) {
 
 bool welcome(const Guest& guest, const Arena& arena, uint64_t identity) {
   const Reply reply{kMagic, arena.epoch, identity};
-  return send_with(guest.connection, reply, std::array<int, 2>{arena.memory, arena.process});
+  if (arena.payload < 0) {
+    return send_with(guest.connection, reply, std::array{arena.memory, arena.process});
+  }
+  return send_with(guest.connection, reply, std::array{arena.memory, arena.process, arena.payload});
 }
 
 Handover knock(const std::string& path) {
@@ -215,7 +218,7 @@ Handover knock(const std::string& path) {
   const FileDescriptor self = open_own_process();
   send_with(connection, Hello{kMagic}, std::array<int, 1>{self.get()});
   Reply reply{};
-  std::array<FileDescriptor, 2> fds;
+  std::array<FileDescriptor, 3> fds;
   ssize_t n = receive_with(connection, reply, fds);
   // It hung up without hearing us out. That comes first, what it said is still to be read.
   if (n < 0 && errno == ECONNRESET) n = receive_with(connection, reply, fds);
@@ -226,7 +229,8 @@ Handover knock(const std::string& path) {
   if (n != static_cast<ssize_t>(sizeof reply) || reply.magic != kMagic || !fds[0] || !fds[1]) {
     throw ArgumentError("arena: " + path + " must be the socket of an arena, got another answer");
   }
-  return {std::move(connection), std::move(fds[0]), std::move(fds[1]), reply.epoch, reply.identity};
+  return {std::move(connection), std::move(fds[0]), std::move(fds[1]),
+          std::move(fds[2]),     reply.epoch,       reply.identity};
 }
 
 }  // namespace sf

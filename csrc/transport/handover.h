@@ -3,7 +3,8 @@
 // sends a pidfd of itself, on which the other sees it end wherever it runs.
 //
 // One connection per reader, SOCK_SEQPACKET: reader -> Hello and its pidfd; producer -> Reply with
-// the memfd and its own pidfd. It stays open while the reader has the arena mapped.
+// the memfd, its own pidfd and the descriptor of a payload on a device. It stays open while the
+// reader has the arena mapped.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +28,7 @@ struct Arena {
   int memory;
   int process;  // the producer's pidfd
   uint64_t epoch;
+  int payload = -1;  // of a payload on a device
 };
 
 // Who knocks, if anybody does. Nothing for another user's process, and for one that says nothing
@@ -40,6 +42,7 @@ struct Handover {
   FileDescriptor connection;
   FileDescriptor memory;
   FileDescriptor process;
+  FileDescriptor payload;  // none unless it is on a device
   uint64_t epoch;
   uint64_t identity;
 };

@@ -23,7 +23,7 @@ void expect_range(const char* field, uint64_t low, uint64_t high, uint64_t got) 
 
 }  // namespace
 
-FixedHeader make_header(uint64_t payload_bytes, uint32_t max_slots) {
+FixedHeader make_header(uint64_t payload_bytes, uint32_t max_slots, PayloadPlace place) {
   expect_range("capacity_bytes", 1, kMaxPayloadBytes, payload_bytes);
   expect_range("max_slots", 1, kMaxSlots, max_slots);
   FixedHeader header{};
@@ -32,7 +32,9 @@ FixedHeader make_header(uint64_t payload_bytes, uint32_t max_slots) {
   header.max_slots = max_slots;
   header.control_bytes = kPageBytes + round_up(uint64_t{max_slots} * sizeof(Slot));
   header.payload_bytes = round_up(payload_bytes);
-  header.total_bytes = header.control_bytes + header.payload_bytes;
+  header.total_bytes = header.control_bytes;
+  if (place == PayloadPlace::kFile) header.total_bytes += header.payload_bytes;
+  header.place = place;
   return header;
 }
 
@@ -40,7 +42,8 @@ void check_header(const FixedHeader& header, uint64_t file_bytes) {
   expect_field("magic", kArenaMagic, header.magic);
   expect_field("version", kArenaVersion, header.version);
   // Both counts are bounded first, so that the sizes computed from them cannot overflow.
-  const FixedHeader wanted = make_header(header.payload_bytes, header.max_slots);
+  expect_range("header.place", 0, 1, static_cast<uint64_t>(header.place));
+  const FixedHeader wanted = make_header(header.payload_bytes, header.max_slots, header.place);
   expect_field("payload_bytes", wanted.payload_bytes, header.payload_bytes);
   expect_field("control_bytes", wanted.control_bytes, header.control_bytes);
   expect_field("total_bytes", wanted.total_bytes, header.total_bytes);

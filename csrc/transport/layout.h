@@ -3,7 +3,8 @@
 //
 //   [0, 4096)                      Header
 //   [4096, control_bytes)          max_slots Slots
-//   [control_bytes, total_bytes)   payload, in pages of 4096 bytes
+//   [control_bytes, total_bytes)   payload, in pages of 4096 bytes; nothing if that lies in the
+//                                  memory of a GPU
 //
 // An attacher takes one copy of the fixed fields, checks all of them against the file, and never
 // reads them from shared memory again.
@@ -18,11 +19,13 @@ namespace sf {
 
 inline constexpr uint64_t kPageBytes = 4096;
 inline constexpr uint64_t kArenaMagic = 0x31414e4552414653;  // "SFARENA1"
-inline constexpr uint32_t kArenaVersion = 1;
+inline constexpr uint32_t kArenaVersion = 2;
 inline constexpr uint32_t kMaxSlots = 1u << 20;
 inline constexpr uint64_t kMaxPayloadBytes = uint64_t{1} << 46;
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "slot words are shared by processes");
+
+enum class PayloadPlace : uint64_t { kFile = 0, kDevice = 1 };
 
 struct FixedHeader {
   uint64_t magic;
@@ -34,6 +37,7 @@ struct FixedHeader {
   uint64_t epoch;           // random, other than 0, new with every arena
   int64_t producer_pid;     // in the producer's own pid namespace
   uint64_t producer_start;  // clock ticks after boot
+  PayloadPlace place;
 };
 
 // 0: nobody. Else who reads, set and cleared by one CAS:
@@ -63,7 +67,8 @@ struct alignas(64) Slot {
 static_assert(sizeof(Slot) == 64);
 
 // The header of an arena of this size. ArgumentError if a size is 0 or beyond its limit.
-FixedHeader make_header(uint64_t payload_bytes, uint32_t max_slots);
+FixedHeader make_header(uint64_t payload_bytes, uint32_t max_slots,
+                        PayloadPlace place = PayloadPlace::kFile);
 
 // Bytes of another process may be hostile. ArgumentError says which field is wrong.
 void check_header(const FixedHeader& header, uint64_t file_bytes);

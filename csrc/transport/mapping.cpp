@@ -90,11 +90,19 @@ FileDescriptor open_memory(const ArenaAddress& address, const std::string& path)
 }
 
 FixedHeader check_arena(const FileDescriptor& fd, const std::string& path, uint64_t epoch,
-                        const std::string& address) {
+                        const std::string& address, PayloadPlace place) {
   check_file(fd.get(), path);
   const FixedHeader fixed = read_header(fd.get(), path);
-  if (fixed.epoch == epoch) return fixed;
-  throw ProducerLost("arena " + address + ": its producer has closed it and opened another");
+  if (fixed.epoch != epoch) {
+    throw ProducerLost("arena " + address + ": its producer has closed it and opened another");
+  }
+  if (fixed.place == place) return fixed;
+  const char* const on_device = "the memory of a GPU";
+  const char* const in_file = "shared memory";
+  const bool wanted_device = place == PayloadPlace::kDevice;
+  throw ArgumentError("arena " + address + ": payload must lie in " +
+                      (wanted_device ? on_device : in_file) + ", it is in " +
+                      (wanted_device ? in_file : on_device));
 }
 
 uint64_t own_identity() { return (own_start() << 32) | static_cast<uint32_t>(::getpid()); }
@@ -151,7 +159,21 @@ ArenaAddress ArenaAddress::parse(const std::string& text) {
 }
 
 std::shared_ptr<Mapping> Mapping::create(uint64_t payload_bytes, uint32_t max_slots) {
-  FixedHeader fixed = make_header(payload_bytes, max_slots);
+  return create(make_header(payload_bytes, max_slots));
+}
+
+std::shared_ptr<Mapping> Mapping::create_on_device(int device, uint64_t payload_bytes,
+                                                   uint32_t max_slots) {
+  const FixedHeader sized = make_header(payload_bytes, max_slots, PayloadPlace::kDevice);
+  auto memory = DeviceMemory::create(device, sized.payload_bytes);
+  std::shared_ptr<Mapping> mapping = create(sized);
+  mapping->payload_ = memory->data();
+  mapping->device_memory_ = std::move(memory);
+  return mapping;
+}
+
+std::shared_ptr<Mapping> Mapping::create(const FixedHeader& sized) {
+  FixedHeader fixed = sized;
   expect_memory(fixed.total_bytes);
   fixed.epoch = random_epoch();
   fixed.producer_pid = ::getpid();
@@ -172,7 +194,7 @@ std::shared_ptr<Mapping> Mapping::create(uint64_t payload_bytes, uint32_t max_sl
   mapping->reader_identity_ = own_identity();
   mapping->map(PROT_READ | PROT_WRITE);
   auto* header = new (mapping->control_) Header{};
-  for (uint32_t i = 0; i < max_slots; ++i) new (&mapping->slot(i)) Slot{};
+  for (uint32_t i = 0; i < fixed.max_slots; ++i) new (&mapping->slot(i)) Slot{};
   header->fixed = fixed;
   return mapping;
 }
@@ -181,22 +203,40 @@ std::shared_ptr<Mapping> Mapping::attach(const ArenaAddress& address) {
   const std::string path =
       "/proc/" + std::to_string(address.pid) + "/fd/" + std::to_string(address.fd);
   FileDescriptor fd = open_memory(address, path);
-  const FixedHeader fixed = check_arena(fd, path, address.epoch, address.text());
+  const FixedHeader fixed =
+      check_arena(fd, path, address.epoch, address.text(), PayloadPlace::kFile);
   std::shared_ptr<Mapping> mapping(new Mapping(std::move(fd), fixed));
   mapping->reader_identity_ = own_identity();
   mapping->map(PROT_READ);
   return mapping;
 }
 
-std::shared_ptr<Mapping> Mapping::attach(const SocketAddress& address) {
-  Handover handover = knock(address.path);
+std::shared_ptr<Mapping> Mapping::attach(Handover handover, const SocketAddress& address,
+                                         PayloadPlace place) {
   const FixedHeader fixed =
-      check_arena(handover.memory, address.path, address.epoch, address.text());
+      check_arena(handover.memory, address.path, address.epoch, address.text(), place);
   std::shared_ptr<Mapping> mapping(new Mapping(std::move(handover.memory), fixed));
   mapping->connection_ = std::move(handover.connection);
   mapping->process_ = std::move(handover.process);
   mapping->reader_identity_ = handover.identity;
   mapping->map(PROT_READ);
+  return mapping;
+}
+
+std::shared_ptr<Mapping> Mapping::attach(const SocketAddress& address) {
+  return attach(knock(address.path), address, PayloadPlace::kFile);
+}
+
+std::shared_ptr<Mapping> Mapping::attach_on_device(int device, const SocketAddress& address) {
+  Handover handover = knock(address.path);
+  const FileDescriptor payload = std::move(handover.payload);
+  std::shared_ptr<Mapping> mapping = attach(std::move(handover), address, PayloadPlace::kDevice);
+  if (!payload) {
+    throw ArgumentError("arena " + address.text() + ": must come with the payload's descriptor");
+  }
+  mapping->device_memory_ =
+      DeviceMemory::import(device, mapping->fixed_.payload_bytes, payload.get());
+  mapping->payload_ = mapping->device_memory_->data();
   return mapping;
 }
 
@@ -217,6 +257,7 @@ void Mapping::map(int payload_protection) {
       ::mmap(nullptr, fixed_.control_bytes, PROT_READ | PROT_WRITE, flags, fd_.get(), 0);
   if (control == MAP_FAILED) fail("mmap of the slots", errno, __LINE__);
   control_ = static_cast<std::byte*>(control);
+  if (fixed_.place == PayloadPlace::kDevice) return;
   void* payload = ::mmap(nullptr, fixed_.payload_bytes, payload_protection, flags, fd_.get(),
                          static_cast<off_t>(fixed_.control_bytes));
   if (payload == MAP_FAILED) fail("mmap of the payload", errno, __LINE__);
@@ -224,7 +265,14 @@ void Mapping::map(int payload_protection) {
 }
 
 Mapping::~Mapping() {
-  if (payload_ != nullptr) ::munmap(payload_, fixed_.payload_bytes);
+  if (in_owning_process()) {
+    for (const auto& call : before_unmap_) call();
+  } else {
+    // A forked child has no CUDA, and must not ask for any.
+    static_cast<void>(device_memory_.release());
+  }
+  const bool in_file = fixed_.place == PayloadPlace::kFile;
+  if (payload_ != nullptr && in_file) ::munmap(payload_, fixed_.payload_bytes);
   if (control_ != nullptr) ::munmap(control_, fixed_.control_bytes);
 }
 

@@ -106,6 +106,12 @@ std::shared_ptr<Producer> Producer::create(uint64_t capacity_bytes, uint32_t max
   return std::shared_ptr<Producer>(new Producer(Mapping::create(capacity_bytes, max_slots), marks));
 }
 
+std::shared_ptr<Producer> Producer::create_on_device(int device, uint64_t capacity_bytes,
+                                                     uint32_t max_slots, Watermarks marks) {
+  return std::shared_ptr<Producer>(
+      new Producer(Mapping::create_on_device(device, capacity_bytes, max_slots), marks));
+}
+
 void Producer::reclaim_locked() {
   for (uint32_t i = 0; i < taken_.size(); ++i) {
     if (taken_[i].nbytes == 0) continue;

@@ -15,9 +15,14 @@ __all__: list[str] = [
     "ArenaLease",
     "ArenaProducer",
     "ArenaReservation",
+    "DeviceArenaConsumer",
+    "DeviceArenaLease",
+    "DeviceArenaProducer",
+    "DeviceArenaReservation",
     "advise_huge_pages",
     "available_isas",
     "block_mask",
+    "cod_chains",
     "copy_crc32c",
     "copy_crc32c_by",
     "crc32c",
@@ -134,6 +139,10 @@ class ArenaConsumer:
         slot: typing.SupportsInt | typing.SupportsIndex,
         generation: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
+    def before_unmap(self, call: collections.abc.Callable[[], None]) -> None:
+        """
+        Called once, when the last lease and this reader are gone.
+        """
     def lease(
         self,
         slot: typing.SupportsInt | typing.SupportsIndex,
@@ -146,6 +155,106 @@ class ArenaConsumer:
         """
         Free the slots an ended producer was writing; how many they were.
         """
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def producer_alive(self) -> bool: ...
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """
+        (address, nbytes) of the slots' pages and of the payload.
+        """
+
+class DeviceArenaReservation:
+    def abort(self) -> None: ...
+    def dlpack(
+        self, device_type: typing.SupportsInt | typing.SupportsIndex = 2
+    ) -> typing_extensions.CapsuleType:
+        """
+        The bytes as a DLPack capsule. Drop what is made of it at `publish`.
+        """
+    def publish(self) -> None:
+        """
+        What was written must be complete: not queued on a stream.
+        """
+    @property
+    def generation(self) -> int: ...
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+
+class DeviceArenaProducer:
+    def __init__(
+        self,
+        device: typing.SupportsInt | typing.SupportsIndex,
+        capacity_bytes: typing.SupportsInt | typing.SupportsIndex,
+        max_slots: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        high_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+        low_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    ) -> None:
+        """
+        Payload in the memory of the GPU of this ordinal. RuntimeError without driver or room.
+        """
+    def acquire(
+        self,
+        nbytes: typing.SupportsInt | typing.SupportsIndex,
+        timeout_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> DeviceArenaReservation:
+        """
+        A slot to write to. Waits without the GIL. StoreFull, TransferTimeout.
+        """
+    def discard(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def reap(self) -> int:
+        """
+        Return the leases of ended readers; the number of those readers.
+        """
+    def serve(self, path: str) -> str:
+        """
+        Let readers in at a unix socket; its address for them.
+        """
+    def stats(self) -> dict[str, int]: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def regions(self) -> list[tuple[int, int]]: ...
+
+class DeviceArenaLease:
+    def dlpack(
+        self, device_type: typing.SupportsInt | typing.SupportsIndex = 2
+    ) -> typing_extensions.CapsuleType:
+        """
+        The bytes as a DLPack capsule, which keeps the lease.
+        """
+    @property
+    def nbytes(self) -> int: ...
+
+class DeviceArenaConsumer:
+    def __init__(self, device: typing.SupportsInt | typing.SupportsIndex, address: str) -> None:
+        """
+        shm:unix:PATH:EPOCH. ProducerLost, TransferTimeout, ValueError.
+        """
+    def acknowledge(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def lease(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> DeviceArenaLease:
+        """
+        The slot's bytes, until the last view of the result is gone. StaleRef.
+        """
+    def reap(self) -> int: ...
     @property
     def epoch(self) -> int: ...
     @property
@@ -165,6 +274,17 @@ def block_mask(
     kv: collections.abc.Sequence[torch.Tensor],
     q: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None: ...
+def cod_chains(
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    sample_keys: torch.Tensor,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    step: typing.SupportsInt | typing.SupportsIndex,
+    ratio: typing.SupportsFloat | typing.SupportsIndex,
+    min_ratio: typing.SupportsFloat | typing.SupportsIndex,
+    anchors: torch.Tensor,
+    cu_depths: torch.Tensor,
 ) -> None: ...
 def copy_crc32c(
     dst: torch.Tensor, src: torch.Tensor, crc: typing.SupportsInt | typing.SupportsIndex = 0

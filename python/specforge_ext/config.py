@@ -46,6 +46,11 @@ def parse_json(model: type[ConfigT], text: str, *, where: str = "") -> ConfigT:
     return parse(model, data, where=where)
 
 
+def defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """The defaults of a model's fields as JSON values; fields that must be given are left out."""
+    return model.model_construct().model_dump(mode="json")
+
+
 def _explain(model: type[BaseModel], error: Any, where: str) -> str:
     path = [str(p) for p in error["loc"]]
     key = ".".join([where, *path] if where else path)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ DTYPES: dict[str, torch.dtype] = {
 """Names of the dtypes that may travel; the only spelling used in refs, layouts and configs."""
 
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+Encoding = Literal["none", "fp8_e4m3_row"]
+"""How a feature's values lie in a store.
+
+none: as they are. fp8_e4m3_row: e4m3fn codes, and a float32 scale per token and layer
+(csrc/wire/fp8_rows.h); half the bytes of bfloat16.
+"""
+
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
+FP8_DTYPES = ("float32", "bfloat16", "float16")
+"""What fp8_e4m3_row encodes, and decodes to."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,17 @@ class FeatureLayout:
     def bytes_per_token(self) -> int:
         return sum(spec.width * DTYPES[spec.dtype].itemsize for spec in self.features)
 
+    def stored_bytes_per_token(self, encoding: Encoding) -> int:
+        """Bytes in a store; scales included, alignment not."""
+        if encoding == "none":
+            return self.bytes_per_token
+        return sum(spec.width + 4 * len(spec.layer_ids) for spec in self.features)
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Layers of each feature: what stores want to know to encode it."""
+        return {spec.name: len(spec.layer_ids) for spec in self.features}
+
     @property
     def layer_ids(self) -> tuple[int, ...]:
         """Every layer that must be captured, sorted, each once (HF `hidden_states` indices)."""
@@ -126,8 +149,35 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class EncodedFeature:
+    """A feature [S, width] in encoding fp8_e4m3_row, L layers beside each other.
+
+    codes: [S, width] uint8, the bits of float8_e4m3fn. scales: [S, L] float32.
+    dtype: of the feature once decoded: float(code) * scale, rounded to nearest even.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as it lies in a store: `features[name]` is [S, width], as it is or encoded."""
+
+    prompt: Prompt
+    features: Mapping[str, Tensor | EncodedFeature]
+
+
+@dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor of a sample lies: `nbytes` at `offset` in the sample's extent."""
+    """Where one tensor of a sample lies: `nbytes` at `offset` in the sample's extent.
+
+    dtype, shape: of the tensor once decoded; `nbytes` is what it has in its encoding.
+    checksum: crc32c of those bytes, then of the scales'.
+    num_scales: float32 scales of each token, [S, num_scales] at `scales_offset` in the extent; both
+        0 with encoding none.
+    """
 
     name: str
     dtype: str
@@ -136,11 +186,22 @@ class TensorRef:
     nbytes: int
     encoding: str = "none"
     checksum: int | None = None
+    num_scales: int = 0
+    scales_offset: int = 0
+
+    @property
+    def scales_nbytes(self) -> int:
+        return 4 * self.num_scales * self.shape[0]
+
+    @property
+    def end(self) -> int:
+        """Where its last byte in the sample's extent ends."""
+        return max(self.offset + self.nbytes, self.scales_offset + self.scales_nbytes)
 
 
 @dataclass(frozen=True)
 class SampleRef:
-    """A sample that lies in a store; never a tensor. Small enough for a line of JSON.
+    """A sample that lies in a store; never a tensor. Small enough for a line of text.
 
     store: kind and identity of the store ("shm:<epoch>"); a ref of another epoch is stale.
     slot, generation: locator; a reader whose generation is not the slot's gets StaleRef.
@@ -155,9 +216,6 @@ class SampleRef:
     num_tokens: int
     nbytes: int
     tensors: tuple[TensorRef, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -194,6 +252,19 @@ class PackedBatch:
             features={name: move(tensor) for name, tensor in self.features.items()},
             cu_seqlens=move(self.cu_seqlens),
         )
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where in a run a step is: what a method may depend on beside the draft and the batch.
+
+    step: index, from 0. total_steps: of the run, at least 1. seed: of the run; with the step and a
+    sample's id it keys whatever a method draws, so that packing and ranks do not change the draw.
+    """
+
+    step: int
+    total_steps: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -259,6 +330,11 @@ class DraftVocab:
 
     t2d: Tensor
     d2t: Tensor
+
+    @classmethod
+    def full(cls, size: int) -> DraftVocab:
+        """Every one of the target's `size` tokens."""
+        return cls(t2d=torch.ones(size, dtype=torch.bool), d2t=torch.zeros(size, dtype=torch.int64))
 
     @property
     def target_ids(self) -> Tensor:

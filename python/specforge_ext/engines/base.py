@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,13 +42,24 @@ class TargetDecoder(Protocol):
         ...
 
 
+Into = Callable[[Prompt], Mapping[str, Tensor]]
+"""Where the features of a prompt are to be written: [S, width] of the layout's dtypes, by name."""
+
+
 class Engine(Protocol):
     spec: TargetSpec
 
     def weights(self, *, device: torch.device, last_layer: bool = False) -> TargetWeights: ...
 
-    def features(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> Iterator[Sample]:
-        """Samples in the order of the prompts. The bits depend on `prompts` and `layout` alone."""
+    def features(
+        self, prompts: Sequence[Prompt], layout: FeatureLayout, *, into: Into | None = None
+    ) -> Iterator[Sample]:
+        """Samples in the order of the prompts. The bits depend on `prompts` and `layout` alone.
+
+        into: asked once for each prompt before its features are written; the sample then holds the
+        very tensors that it gave. They are whole when the sample comes, and nothing writes to any
+        of them once this has raised or was closed. None: tensors of the sample's own.
+        """
         ...
 
     def generate(

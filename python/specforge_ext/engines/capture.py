@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from specforge_ext.copies import copied
 from specforge_ext.records import DTYPES, FeatureLayout, FeatureSpec, TargetSpec
 
 
@@ -78,6 +79,41 @@ def assemble(
     return {spec.name: _join(spec, streams, last_hidden) for spec in layout.features}
 
 
+def fill(
+    layout: FeatureLayout,
+    streams: Mapping[int, Tensor],
+    last_hidden: Tensor,
+    out: Mapping[str, Tensor],
+) -> None:
+    """The features of `assemble`, written to `out`: each layer to its columns, converted on the
+    way.
+
+    Where `out` is on the host and the streams are not, this only begins: the current stream of
+    their device says when it is done. Between devices torch copies nothing but whole tensors of one
+    dtype without a temporary of its own, so that there layers are joined before.
+    """
+    for spec in layout.features:
+        target = out[spec.name]
+        parts = _parts(spec, streams, last_hidden)
+        if target.device != parts[0].device and not _is_whole(parts, target):
+            parts = [_join(spec, streams, last_hidden)]
+            copied("gather", parts[0].nbytes)
+        columns = target.chunk(len(parts), dim=-1)
+        for column, part in zip(columns, parts, strict=True):
+            column.copy_(part, non_blocking=True)
+        copied("engine", target.nbytes)
+
+
+def _is_whole(parts: Sequence[Tensor], target: Tensor) -> bool:
+    return len(parts) == 1 and parts[0].dtype == target.dtype and parts[0].is_contiguous()
+
+
+def _parts(
+    spec: FeatureSpec, streams: Mapping[int, Tensor], last_hidden: Tensor
+) -> Sequence[Tensor]:
+    return [last_hidden] if spec.final_norm else [streams[i] for i in spec.layer_ids]
+
+
 def _join(spec: FeatureSpec, streams: Mapping[int, Tensor], last_hidden: Tensor) -> Tensor:
-    parts = [last_hidden] if spec.final_norm else [streams[i] for i in spec.layer_ids]
+    parts = _parts(spec, streams, last_hidden)
     return torch.cat([part.to(DTYPES[spec.dtype]) for part in parts], dim=-1)

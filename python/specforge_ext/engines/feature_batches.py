@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from specforge_ext.engines.capture import assemble, capture, stream_ids
-from specforge_ext.records import FeatureLayout, Prompt, Sample
+from specforge_ext.engines.base import Into
+from specforge_ext.engines.capture import capture, fill, stream_ids
+from specforge_ext.records import DTYPES, FeatureLayout, Prompt, Sample
 
 if TYPE_CHECKING:
     from specforge_ext.engines.hf_model import TargetModel
@@ -22,15 +23,20 @@ def batch_features(
     *,
     max_batch_tokens: int,
     window_tokens: int,
+    into: Into | None = None,
 ) -> Iterator[Sample]:
-    """Samples in the order of the prompts, each as soon as it and all before it are computed."""
+    """Samples in the order of the prompts, each as soon as it and all before it are computed.
+
+    into: see Engine.features. What a batch writes there is all there before its first sample comes.
+    """
+    where = into or own_memory(layout, target.device)
     start = 0
     while start < len(prompts):
         window = _window(prompts, start, window_tokens)
         done: dict[int, Sample] = {}
         upcoming = start
         for batch in plan_batches([len(p) for p in window], max_batch_tokens):
-            samples = _forward(target, [window[i] for i in batch], layout)
+            samples = _forward(target, [window[i] for i in batch], layout, where)
             done.update((start + i, sample) for i, sample in zip(batch, samples, strict=True))
             while upcoming in done:
                 yield done.pop(upcoming)
@@ -62,20 +68,40 @@ def _window(prompts: Sequence[Prompt], start: int, window_tokens: int) -> Sequen
     return prompts[start:end]
 
 
-def _forward(target: TargetModel, prompts: Sequence[Prompt], layout: FeatureLayout) -> list[Sample]:
+def own_memory(layout: FeatureLayout, device: torch.device) -> Into:
+    """New tensors for each prompt."""
+
+    def new(prompt: Prompt) -> Mapping[str, Tensor]:
+        return {
+            spec.name: torch.empty(len(prompt), spec.width, dtype=DTYPES[spec.dtype], device=device)
+            for spec in layout.features
+        }
+
+    return new
+
+
+def _forward(
+    target: TargetModel, prompts: Sequence[Prompt], layout: FeatureLayout, into: Into
+) -> list[Sample]:
     rows = [prompt.input_ids.to(torch.int64) for prompt in prompts]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(target.device)
     with torch.no_grad(), capture(target.layers, stream_ids(layout)) as streams:
         last_hidden = target.last_hidden(input_ids, use_cache=False)
-    return [
-        Sample(prompt, _row(layout, streams, last_hidden, row, len(prompt)))
-        for row, prompt in enumerate(prompts)
-    ]
+    samples = [Sample(prompt, into(prompt)) for prompt in prompts]
+    try:
+        for row, sample in enumerate(samples):
+            length = len(sample.prompt)  # what comes after it is padding
+            own = {i: stream[row, :length] for i, stream in streams.items()}
+            fill(layout, own, last_hidden[row, :length], sample.features)
+    finally:
+        _finish_copies(target.device)  # also when this failed: then the memory is somebody else's
+    return samples
 
 
-def _row(
-    layout: FeatureLayout, streams: dict[int, Tensor], last_hidden: Tensor, row: int, length: int
-) -> dict[str, Tensor]:
-    """Features of one row without its padding, in memory of their own."""
-    own = {i: stream[row, :length] for i, stream in streams.items()}
-    return assemble(layout, own, last_hidden[row, :length])
+def _finish_copies(device: torch.device) -> None:
+    """Wait for copies to the host that the device's current stream has taken on."""
+    if device.type != "cuda":
+        return
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    event.synchronize()

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from specforge_ext.config import Config
-from specforge_ext.engines.base import TargetDecoder, TargetOutput
+from specforge_ext.engines.base import Into, TargetDecoder, TargetOutput
 from specforge_ext.engines.capture import assemble, check_layout, stream_ids
 from specforge_ext.engines.columns import INITIAL_COLUMNS, ColumnModel, Visibility
 from specforge_ext.engines.feature_batches import batch_features
@@ -101,8 +101,12 @@ class HfEngine:
             last_layer={name: tensor.to(device) for name, tensor in state.items()},
         )
 
-    def features(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> Iterator[Sample]:
+    def features(
+        self, prompts: Sequence[Prompt], layout: FeatureLayout, *, into: Into | None = None
+    ) -> Iterator[Sample]:
         """Samples in order, features on the engine's device. A function of the arguments alone.
+
+        into: see Engine.features; each value is copied once, from the model's activations to there.
 
         Padding goes to the right, where causal attention hides it. Raises ValueError before the
         first forward if the layout does not fit the target, or a prompt is empty, too long or out
@@ -117,6 +121,7 @@ class HfEngine:
             layout,
             max_batch_tokens=self._config.max_batch_tokens,
             window_tokens=WINDOW_BATCHES * self._config.max_batch_tokens,
+            into=into,
         )
 
     @torch.no_grad()

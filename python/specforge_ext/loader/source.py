@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from specforge_ext.copies import Stage
 from specforge_ext.records import SampleRef
 
 
@@ -19,11 +20,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Delivery:
-    """The samples of one rank's share of one step: in the store, or named with why not."""
+    """The samples of one rank's share of one step: in the store, or named with why not.
+
+    copied: bytes of features that the producer copied for it, by stage (copies.py).
+    """
 
     step: int
     refs: tuple[SampleRef, ...]
     skipped: tuple[Skipped, ...]
+    copied: Mapping[Stage, int] = field(default_factory=dict)
 
 
 class FeatureLink(Protocol):

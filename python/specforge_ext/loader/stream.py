@@ -7,19 +7,32 @@ import queue
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from specforge_ext import ops
 from specforge_ext.config import Config
+from specforge_ext.copies import Stage, copied, counting
 from specforge_ext.loader.order import GlobalStep, OrderConfig, micro_batches
 from specforge_ext.loader.source import Delivery, FeatureLink, Skipped
-from specforge_ext.records import FeatureLayout, PackedBatch, Prompt, Sample, SampleRef
+from specforge_ext.records import (
+    DTYPES,
+    EncodedFeature,
+    FeatureLayout,
+    PackedBatch,
+    Prompt,
+    Sample,
+    SampleRef,
+    StoredSample,
+)
 from specforge_ext.store.base import StoreReader, TransferTimeout
 
 log = logging.getLogger(__name__)
@@ -54,6 +67,10 @@ class StreamConfig(Config):
         return {False: "off", True: "full"}[value] if isinstance(value, bool) else value
 
 
+def nothing_yet() -> PackedBatch | None:
+    return None
+
+
 @dataclass(frozen=True)
 class StepData:
     """What one rank trains on in one optimizer step.
@@ -61,6 +78,9 @@ class StepData:
     step: index of the global step, from 0. micro_batches: any number, also none; ranks may differ.
     wait_s: seconds this rank stood still for the data. samples, tokens: counts of this rank's part.
     skipped: samples of this rank's share that could not be produced.
+    delivered_bytes: of the features in the micro-batches. copied: bytes of features that were
+    copied for them up to here, producer included, by stage (copies.py).
+    upcoming: the next step's first micro-batch if it is packed by now, else None.
     """
 
     step: int
@@ -69,6 +89,9 @@ class StepData:
     samples: int
     tokens: int
     skipped: tuple[Skipped, ...] = ()
+    delivered_bytes: int = 0
+    copied: Mapping[Stage, int] = field(default_factory=dict)
+    upcoming: Callable[[], PackedBatch | None] = nothing_yet
 
 
 class TooManySkipped(RuntimeError):
@@ -153,7 +176,7 @@ class Stream:
         if item is None:
             return None
         wait_s = time.perf_counter() - start
-        return replace(item, wait_s=wait_s)
+        return replace(item, wait_s=wait_s, upcoming=partial(_upcoming, ready))
 
     def _run(
         self,
@@ -201,10 +224,11 @@ class Stream:
                 f"got {sorted(refs)} and not {sorted(missing)}"
             )
         batches: list[PackedBatch] = []
-        for part in plan:
-            wanted = [self._prompts[i] for i in part if self._prompts[i].sample_id not in missing]
-            if wanted:
-                batches.append(self._collate([refs[p.sample_id] for p in wanted], wanted))
+        with counting() as here:
+            for part in plan:
+                wanted = [p for p in map(self._prompts.__getitem__, part) if p.sample_id in refs]
+                if wanted:
+                    batches.append(self._collate([refs[p.sample_id] for p in wanted], wanted))
         return StepData(
             step=step.step,
             micro_batches=tuple(batches),
@@ -212,6 +236,8 @@ class Stream:
             samples=sum(len(b.sample_ids) for b in batches),
             tokens=sum(b.num_tokens for b in batches),
             skipped=delivery.skipped,
+            delivered_bytes=sum(_feature_bytes(batch) for batch in batches),
+            copied=here + Counter(delivery.copied),
         )
 
     def _collate(self, refs: list[SampleRef], prompts: list[Prompt]) -> PackedBatch:
@@ -244,16 +270,23 @@ def is_verified(ref: SampleRef, verify: str) -> bool:
     return zlib.crc32(f"{ref.sample_id}/{ref.generation}".encode()) % VERIFY_EVERY == 0
 
 
-def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
-    """One packed batch of samples that lie anywhere on the host; every byte is copied once."""
+def pack(samples: Sequence[Sample | StoredSample], layout: FeatureLayout) -> PackedBatch:
+    """One packed batch of samples that lie anywhere on the host; every byte is read once.
+
+    Encoded features are decoded on their way, to the dtype that the layout says. Of features on a
+    GPU the batch is made there. Nothing reads the samples when this has returned.
+    """
     names = [spec.name for spec in layout.features]
-    input_ids, loss_mask, positions, cu_seqlens, features = ops.pack_samples(
+    found = [[_codes_and_scales(s.features[name]) for name in names] for s in samples]
+    input_ids, loss_mask, positions, cu_seqlens, features = _gather(
         [s.prompt.input_ids for s in samples],
         [s.prompt.loss_mask for s in samples],
-        [[s.features[name] for name in names] for s in samples],
+        [[values for values, _ in row] for row in found],
+        scales=[[scales for _, scales in row] for row in found],
+        dtype=[DTYPES[spec.dtype] for spec in layout.features],
         pin_memory=torch.cuda.is_available(),
     )
-    return PackedBatch(
+    batch = PackedBatch(
         sample_ids=tuple(s.prompt.sample_id for s in samples),
         lengths=tuple(len(s.prompt) for s in samples),
         input_ids=input_ids,
@@ -262,9 +295,55 @@ def pack(samples: Sequence[Sample], layout: FeatureLayout) -> PackedBatch:
         features=dict(zip(names, features, strict=True)),
         cu_seqlens=cu_seqlens,
     )
+    copied("collate", _feature_bytes(batch))
+    return batch
 
 
-def _check_same(sample: Sample, prompt: Prompt) -> None:
+def _feature_bytes(batch: PackedBatch) -> int:
+    return sum(feature.nbytes for feature in batch.features.values())
+
+
+def _upcoming(ready: queue.Queue[StepData | BaseException | None]) -> PackedBatch | None:
+    """The first micro-batch of the step that is taken next; it stays where it is."""
+    with ready.mutex:
+        item = ready.queue[0] if ready.queue else None
+    return item.micro_batches[0] if isinstance(item, StepData) and item.micro_batches else None
+
+
+def _gather(
+    ids: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    features: Sequence[Sequence[Tensor]],
+    *,
+    scales: Sequence[Sequence[Tensor | None]],
+    dtype: Sequence[torch.dtype],
+    pin_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """`ops.pack_samples`, on the GPU if the features are; pin_memory: else."""
+    place = next((t.device for row in features for t in row if t.is_cuda), None)
+    if place is None:
+        return ops.pack_samples(
+            ids, masks, features, scales=scales, dtype=dtype, pin_memory=pin_memory
+        )
+    cuda: Any = torch.cuda  # parts of it have no types
+    stream = cuda.Stream(place)  # the wait below is not for steps that train meanwhile
+    with cuda.stream(stream):
+        ids, masks = ([t.to(place) for t in row] for row in (ids, masks))
+        packed = ops.pack_samples(ids, masks, features, scales=scales, dtype=dtype, device=place)
+    # Freed memory goes back to this stream, which must not use it while another one reads it.
+    for tensor in (*packed[:4], *packed[4]):
+        tensor.record_stream(cuda.default_stream(place))
+    stream.synchronize()
+    return packed
+
+
+def _codes_and_scales(feature: Tensor | EncodedFeature) -> tuple[Tensor, Tensor | None]:
+    if isinstance(feature, EncodedFeature):
+        return feature.codes, feature.scales
+    return feature, None
+
+
+def _check_same(sample: StoredSample, prompt: Prompt) -> None:
     """Features of other tokens than the prompt's would train silently; refuse them by name."""
     if not sample.prompt.input_ids.equal(prompt.input_ids):
         raise ValueError(

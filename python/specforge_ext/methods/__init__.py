@@ -5,5 +5,7 @@ from specforge_ext.registry import Registry
 
 METHODS = Registry("method")
 METHODS.add("eagle3", "specforge_ext.methods.eagle3:Eagle3Method")
+METHODS.add("peagle", "specforge_ext.methods.peagle:PEagleMethod")
+METHODS.add("dflash", "specforge_ext.methods.dflash:DFlashMethod")
 
 __all__ = ["METHODS", "Drafter", "Method"]

@@ -15,6 +15,7 @@ from specforge_ext.records import (
     PackedBatch,
     Prompt,
     Proposal,
+    StepContext,
     StepLoss,
     TargetSpec,
     TargetWeights,
@@ -80,8 +81,11 @@ class Method(Protocol):
         """Submodules with a pure forward; activation checkpointing computes them again."""
         ...
 
-    def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
-        """Loss of a micro-batch, as sums. Goes through draft.forward, so that FSDP2's hooks run."""
+    def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
+        """Loss of a micro-batch, as sums. Goes through draft.forward, so that FSDP2's hooks run.
+
+        at: the same for all micro-batches and ranks of a step.
+        """
         ...
 
     def drafter(self, draft: nn.Module) -> Drafter:

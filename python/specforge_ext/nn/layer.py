@@ -1,4 +1,5 @@
-"""The decoder layer of EAGLE-3 drafts (arXiv 2503.01840): its input is a pair of streams, 2H wide.
+"""Parts of decoder layers, and the layers of EAGLE-3 drafts (arXiv 2503.01840): the first reads a
+pair of streams, 2H wide, any further one is a plain pre-norm layer.
 
 Legend of shapes: n rows, H hidden, D head dimension, Hq / Hkv heads of queries / keys and values.
 """
@@ -37,9 +38,12 @@ class LayerShape:
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention; what attends to what is the caller's business."""
+    """Projections of grouped-query attention; what attends to what is the caller's business.
 
-    def __init__(self, shape: LayerShape, *, input_width: int) -> None:
+    qk_norm: an RMSNorm over each head of queries and keys before they are rotated, as in Qwen 3.
+    """
+
+    def __init__(self, shape: LayerShape, *, input_width: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         self.head_dim = shape.head_dim
@@ -48,15 +52,20 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(input_width, kv_width, bias=False)
         self.v_proj = nn.Linear(input_width, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, shape.hidden_size, bias=False)
+        eps = shape.rms_norm_eps
+        self.q_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
 
     def query(self, x: Tensor, tables: Tables) -> Tensor:
         """x [n, input_width] -> rotated queries [n, Hq, D]."""
-        return rotate(torch.unflatten(self.q_proj(x), -1, (self.num_heads, self.head_dim)), tables)
+        queries = torch.unflatten(self.q_proj(x), -1, (self.num_heads, self.head_dim))
+        return rotate(queries if self.q_norm is None else self.q_norm(queries), tables)
 
     def key_value(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """x [n, input_width] -> rotated keys and values, [n, Hkv, D] each."""
         heads = (self.num_kv_heads, self.head_dim)
-        keys = rotate(torch.unflatten(self.k_proj(x), -1, heads), tables)
+        keys = torch.unflatten(self.k_proj(x), -1, heads)
+        keys = rotate(keys if self.k_norm is None else self.k_norm(keys), tables)
         return keys, torch.unflatten(self.v_proj(x), -1, heads)
 
 
@@ -96,6 +105,34 @@ class FusedInputLayer(nn.Module):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual stream [n, H] and attention output [n, Hq, D] -> the layer's output [n, H]."""
-        hidden = hidden + self.self_attn.o_proj(attended.flatten(-2))
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return _finish(self, hidden, attended)
+
+
+class PlainLayer(nn.Module):
+    """One pre-norm decoder layer, as in Llama, that can stand behind a `FusedInputLayer`."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        width, eps = shape.hidden_size, shape.rms_norm_eps
+        self.input_layernorm = RMSNorm(width, eps=eps)
+        self.self_attn = Attention(shape, input_width=width)
+        self.post_attention_layernorm = RMSNorm(width, eps=eps)
+        self.mlp = SwiGLU(width, shape.intermediate_size)
+
+    def inputs(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        """The attention's input [n, H]. Only the first layer of a draft reads the embedding."""
+        out: Tensor = self.input_layernorm(hidden)
         return out
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """As `FusedInputLayer.finish`."""
+        return _finish(self, hidden, attended)
+
+
+DraftLayer = FusedInputLayer | PlainLayer
+
+
+def _finish(layer: DraftLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
+    out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out

@@ -14,13 +14,17 @@ own_keys_merge_ attention over the rows' own keys of earlier TTT steps, into fla
 own_keys_grads_ its backward
 draw_anchors    where the blocks of a block draft begin
 block_mask_tensors  which tiles of block attention hold visible pairs
+cod_chains      which anchors of a parallel draft look how deep
+label_loss      cross entropy of rows against labels under a frozen head, one value a row
 fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a checksum
 fp8_unpack      and back, the checksum compared
 """
 
 from specforge_ext.ops.attention import own_keys_grads_, own_keys_merge_
 from specforge_ext.ops.blocks import block_mask_tensors, draw_anchors
+from specforge_ext.ops.chains import cod_chains
 from specforge_ext.ops.draft_loss import draft_first_permutation, draft_loss
+from specforge_ext.ops.label_loss import LabelLoss, label_loss
 from specforge_ext.ops.pack import pack_samples, ttt_maps
 from specforge_ext.ops.results import (
     BlockMaskTensors,
@@ -40,15 +44,18 @@ __all__ = [
     "DraftLoss",
     "Fp8Rows",
     "KlSchedule",
+    "LabelLoss",
     "LossRowsResult",
     "RowLoss",
     "TttMaps",
     "block_mask_tensors",
+    "cod_chains",
     "draft_first_permutation",
     "draft_loss",
     "draw_anchors",
     "fp8_pack",
     "fp8_unpack",
+    "label_loss",
     "loss_rows_",
     "own_keys_grads_",
     "own_keys_merge_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from specforge_ext.ops._matmul import (
     logits_into,
 )
 from specforge_ext.ops._native import stream_of
+from specforge_ext.ops._top_k import raise_top_k
 
 
 def _plan(
@@ -79,6 +81,64 @@ def _part(side: Tensor | None, part: slice) -> Tensor | None:
     return None if side is None else side[part]
 
 
+def _row_losses(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    weight: Tensor,
+    results: Sequence[Tensor],
+    **of_rows: Any,
+) -> None:
+    """results: loss, accepted, correct, top_prob and entropy, written."""
+    loss, accepted, correct, top_prob, entropy = results
+    _C.loss_rows(
+        logits=logits,
+        teacher=teacher_logits,
+        weight=weight,
+        loss=loss,
+        accepted=accepted,
+        correct=correct,
+        top_prob=top_prob,
+        entropy=entropy,
+        stream=stream_of(logits),
+        **of_rows,
+    )
+
+
+def _top_k_losses(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    weight: Tensor,
+    results: Sequence[Tensor],
+    *,
+    top_k: int,
+    top_k_weight: float,
+    writes_gradient: bool,
+    **of_rows: Any,
+) -> None:
+    """As `_row_losses`: statistics against the teacher as it is, loss and gradient against the one
+    with raised words (ops/_top_k.py).
+    """
+    _row_losses(logits, teacher_logits, weight, results, writes_gradient=False, **of_rows)
+    factor = raise_top_k(
+        teacher_logits[:, : logits.shape[1]],
+        top_k=top_k,
+        weight=top_k_weight,
+        temperature=of_rows["temperature"],
+    )[of_rows["row_to_teacher"].long()]
+    factor.masked_fill_(weight == 0, 1)  # such a row's teacher may hold anything
+    loss, *others = results
+    unused = [torch.empty_like(x) for x in others]
+    _row_losses(
+        logits,
+        teacher_logits,
+        weight * factor,
+        [loss, *unused],
+        writes_gradient=writes_gradient,
+        **of_rows,
+    )
+    loss.mul_(factor)
+
+
 @torch.library.custom_op("specforge_ext::draft_loss", mutates_args=())
 def draft_loss_op(
     hidden_NH: Tensor,
@@ -98,6 +158,8 @@ def draft_loss_op(
     temperature: float,
     beta: float,
     hard_weight: float,
+    top_k: int,
+    top_k_weight: float,
     workspace_bytes: int,
     wants_hidden_grad: bool,
     wants_head_grad: bool,
@@ -134,27 +196,25 @@ def draft_loss_op(
             # 0 * NaN is NaN: a row of weight 0 must not reach the product of the head's gradient.
             hidden = hidden_NH[rows].masked_fill(weight[:, None] == 0, 0)
             logits_into(logits, hidden, head_VH)
-            _C.loss_rows(
-                logits,
-                teacher.logits(chunk, most_rows=most_teachers),
-                row_to_teacher_N[rows] - chunk.teacher,
-                weight,
-                loss_N[rows],
-                accepted_N[rows],
-                correct_N[rows],
-                top_prob_N[rows],
-                entropy_N[rows],
-                kind=kind,
-                temperature=temperature,
-                beta=beta,
-                hard_weight=hard_weight,
-                writes_gradient=wants_hidden_grad or wants_head_grad,
-                teacher_lse=_part(teacher_lse_R, teachers),
-                teacher_argmax=_part(teacher_argmax_R, teachers),
-                label=_part(label_R, teachers),
-                kl_weight=_part(kl_weight_N, rows),
-                stream=stream_of(logits),
-            )
+            teacher_logits = teacher.logits(chunk, most_rows=most_teachers)
+            options: dict[str, Any] = {
+                "row_to_teacher": row_to_teacher_N[rows] - chunk.teacher,
+                "kind": kind,
+                "temperature": temperature,
+                "beta": beta,
+                "hard_weight": hard_weight,
+                "writes_gradient": wants_hidden_grad or wants_head_grad,
+                "teacher_lse": _part(teacher_lse_R, teachers),
+                "teacher_argmax": _part(teacher_argmax_R, teachers),
+                "label": _part(label_R, teachers),
+                "kl_weight": _part(kl_weight_N, rows),
+            }
+            results = [x[rows] for x in (loss_N, accepted_N, correct_N, top_prob_N, entropy_N)]
+            if top_k and teacher_logits is not None:
+                options |= {"top_k": top_k, "top_k_weight": top_k_weight}
+                _top_k_losses(logits, teacher_logits, weight, results, **options)
+            else:
+                _row_losses(logits, teacher_logits, weight, results, **options)
             if wants_hidden_grad:
                 hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
             if head_grad:
@@ -195,6 +255,8 @@ def _(
     temperature: float,
     beta: float,
     hard_weight: float,
+    top_k: int,
+    top_k_weight: float,
     workspace_bytes: int,
     wants_hidden_grad: bool,
     wants_head_grad: bool,

@@ -197,6 +197,12 @@ def _check_presence(
         if (others[name] is not None) != is_wanted:
             verb = "must be given" if is_wanted else "must be None"
             raise ValueError(f"draft_loss: {name} {verb} with {spec}")
+    if spec.top_k and (spec.kind != "soft_ce" or spec.hard_weight or spec.top_k < 0):
+        raise ValueError(
+            f"draft_loss: top_k must be 0, or positive with soft_ce and no hard_weight, got {spec}"
+        )
+    if spec.top_k and not spec.top_k_weight > 0:
+        raise ValueError(f"draft_loss: top_k_weight must be above 0, got {spec.top_k_weight}")
     if others["teacher_argmax"] is not None and teacher_lse is None:
         raise ValueError("draft_loss: teacher_argmax must be None without teacher_lse")
     if teacher_lse is not None and not has_teacher:
@@ -251,6 +257,8 @@ def _run(
         spec.temperature,
         spec.beta,
         spec.hard_weight,
+        spec.top_k,
+        spec.top_k_weight,
         workspace_bytes,
         differentiates and inputs.hidden.requires_grad,
         differentiates and inputs.head.requires_grad,

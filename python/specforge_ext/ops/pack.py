@@ -57,7 +57,7 @@ def pack_samples(
     features: Sequence[Sequence[Tensor]],
     *,
     scales: Sequence[Sequence[Tensor | None]] = (),
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Sequence[torch.dtype] = torch.bfloat16,
     device: torch.device | str = "cpu",
     pin_memory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
@@ -69,8 +69,8 @@ def pack_samples(
     for all k. Each byte is read and written once.
     scales[k][f]: None, or [S_k, groups] float32: features[k][f] is then fp8 (e4m3fn, as uint8 or
     torch.float8_e4m3fn) with one scale per group of width_f / groups elements, and is decoded to
-    `dtype`, float32 or bfloat16. A feature that is encoded in one sample may be plain in another,
-    of dtype `dtype`.
+    `dtype` (one for all, or one a feature): float32, bfloat16 or, on the CPU, float16. A feature
+    that is encoded in one sample may be plain in another, of dtype `dtype`.
     device: where the batch is made. "cpu": of CPU tensors; pin_memory allocates page-locked
     outputs, for copies to a GPU. A CUDA device: of tensors on it or in page-locked host memory, on
     the current stream, without a synchronisation; sources must stay unchanged until it has passed.
@@ -95,9 +95,10 @@ def pack_samples(
     out_ids, out_mask = empty(total, dtype=torch.int64), empty(total, dtype=torch.uint8)
     positions = empty(total, dtype=torch.int64)
     cu_seqlens = empty(len(ids) + 1, dtype=torch.int32)
+    dtypes = [dtype] * len(features[0]) if isinstance(dtype, torch.dtype) else dtype
     out = [
-        empty(total, first.shape[-1], dtype=dtype if _is_encoded(scales, f) else first.dtype)
-        for f, first in enumerate(features[0])
+        empty(total, first.shape[-1], dtype=decoded if _is_encoded(scales, f) else first.dtype)
+        for f, (first, decoded) in enumerate(zip(features[0], dtypes, strict=True))
     ]
     _C.pack_samples(
         list(ids),

@@ -111,6 +111,15 @@ def _lk_lambda(row: _Row) -> tuple[Tensor, Tensor]:
     return w[:, 0] * kl + (1 - w[:, 0]) * (1 - _overlap(row)), gradient
 
 
+def _top_k(row: _Row, teacher_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The part of the soft cross entropy that the teacher's k largest words make, equals of the
+    k-th included.
+    """
+    least_N1 = teacher_NV.topk(min(k, teacher_NV.shape[-1]), dim=-1).values[:, -1:]
+    p = row.p * (teacher_NV >= least_N1)
+    return -_times(p, row.log_q).sum(dim=-1), p.sum(dim=-1, keepdim=True) * row.q - p
+
+
 _KINDS = {
     "hard_ce": _hard,
     "soft_ce": _soft,
@@ -181,6 +190,10 @@ def loss_rows(
     if spec.kind == "hard_ce":
         accepted_N = (onehot_NV * row.q).sum(dim=-1)
         wanted_N = onehot_NV.argmax(dim=-1).to(torch.int32)
+    if spec.top_k:
+        top_N, top_gradient_NV = _top_k(row, t_NW[:, :vocab], spec.top_k)
+        loss_N = loss_N + spec.top_k_weight * top_N
+        gradient_NV = gradient_NV + spec.top_k_weight * top_gradient_NV
     if spec.hard_weight:
         hard_N, hard_gradient_NV = _hard(row)
         loss_N = loss_N + spec.hard_weight * hard_N
@@ -482,6 +495,37 @@ def draw_anchors(
         anchors += sorted(t for _, t in sorted(drawn)[:max_anchors])
         cu_anchors.append(len(anchors))
     return torch.tensor(anchors, dtype=torch.int32), torch.tensor(cu_anchors, dtype=torch.int32)
+
+
+def cod_chains(
+    loss_mask_T: Tensor,
+    cu_seqlens: Tensor,
+    sample_keys: Tensor,
+    *,
+    seed: int,
+    step: int,
+    num_depths: int,
+    ratio: float,
+    min_ratio: float,
+) -> tuple[Tensor, ...]:
+    """As ops.cod_chains."""
+    anchors: list[list[int]] = [[] for _ in range(1, num_depths)]
+    for key, (begin, end) in zip(sample_keys.tolist(), pairwise(cu_seqlens.tolist()), strict=True):
+        words = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+        valid = {t for t in range(begin, end) if loss_mask_T[t]}
+        candidates = sorted(valid - {begin})
+        for depth in range(1, num_depths):
+            low, high, *_ = philox4x32((2**31 + depth, step, *words), seed)
+            of_depth = high << 32 | low
+            drawn = []
+            for t in candidates:
+                low, high, *_ = philox4x32((t - begin, step, *words), of_depth)
+                drawn.append((high << 32 | low, t))
+            wanted = int(max(0, len(valid) - depth) * max(ratio**depth, min_ratio))
+            kept = sorted(t for _, t in sorted(drawn)[:wanted])
+            anchors[depth - 1] += [t - depth for t in kept]
+            candidates = [t + 1 for t in kept if t + 1 in valid]
+    return tuple(torch.tensor(of_depth, dtype=torch.int32) for of_depth in anchors)
 
 
 def block_visibility(

@@ -68,12 +68,17 @@ class RowLoss:
         (csrc/loss/loss_rows.h).
     temperature: divides both rows' logits, > 0. beta: the teacher's share of the JSD's mixture, in
         (0, 1). hard_weight: of the hard cross entropy that is added, >= 0.
+    top_k, top_k_weight: with "soft_ce", the words whose teacher logit is at least the row's
+        top_k-th largest of the draft's vocabulary count 1 + top_k_weight times, > 0 (HASS, arXiv
+        2408.15766); 0: none. `draft_loss` only.
     """
 
     kind: str
     temperature: float = 1.0
     beta: float = 0.5
     hard_weight: float = 0.0
+    top_k: int = 0
+    top_k_weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def loss_rows_(
     logits: [rows, vocab] float32 or bfloat16, contiguous; not written if not writes_gradient.
     teacher: [teacher_rows, teacher_vocab] float32 or bfloat16, contiguous, the draft's vocabulary
         first; None for hard_ce.
-    loss: kind and parameters; a bare name takes the defaults of `RowLoss`.
+    loss: kind and parameters; a bare name takes the defaults of `RowLoss`. top_k must be 0.
     row_to_teacher: [rows] int32. weight: [rows] float32; 0: the row is not read, and becomes 0.
     teacher_lse: [teacher_rows] float32, logsumexp of teacher / temperature over the FULL
         vocabulary, nats; None: that of all columns of teacher.
@@ -121,6 +121,8 @@ def loss_rows_(
     ValueError names what does not fit. Formulas and sources: csrc/loss/loss_rows.h.
     """
     spec = RowLoss(loss) if isinstance(loss, str) else loss
+    if spec.top_k:
+        raise ValueError(f"loss_rows: top_k must be 0, got {spec.top_k}: draft_loss has it")
     return LossRowsResult(
         *_loss_rows(
             logits,

@@ -14,11 +14,13 @@ from specforge_ext import _C, __version__
 from specforge_ext.engines import ENGINES
 from specforge_ext.methods import METHODS
 from specforge_ext.store import STORES
+from specforge_ext.store.direct import best, rungs
+from specforge_ext.store.direct_facts import probe
 
 
 def describe() -> str:
     """Several lines for a person: `name  what it is, or why it is not available`."""
-    rows = [*_build(), *_devices(), *_kernels(), *_components()]
+    rows = [*_build(), *_devices(), *_kernels(), *_components(), *_transfer()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -60,6 +62,15 @@ def _components() -> Iterator[tuple[str, str]]:
     for name in STORES:
         reason = STORES.get(name).unavailable()
         yield f"store {name}", f"not available: {reason}" if reason else "available"
-    rdma = "/sys/class/infiniband"
-    here = os.path.isdir(rdma) and os.listdir(rdma)  # noqa: PTH112, PTH208
-    yield "rdma", f"devices {', '.join(here)}" if here else f"not available: no device in {rdma}"
+
+
+def _transfer() -> Iterator[tuple[str, str]]:
+    """The ladder of `store.direct`, the best rung first."""
+    facts = probe()
+    rdma = ", ".join(map(str, facts.hcas))
+    yield "rdma", rdma or "not available: no device in /sys/class/infiniband"
+    ladder = rungs(facts)
+    highest = best(ladder)
+    for rung in ladder:
+        mark = " <- the best here" if rung is highest else ""
+        yield f"rung {rung.name}", f"{rung.describe()}{mark}"

@@ -11,12 +11,15 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specforge_ext.copies import copies_from
 from specforge_ext.loader import Delivery, Skipped
+from specforge_ext.records import ENCODINGS, Encoding
 from specforge_ext.runs.wire import Connection, Message, connect
-from specforge_ext.store.base import ProducerLost, TransferTimeout
+from specforge_ext.store.base import ProducerLost, TransferTimeout, UnknownEncoding
 from specforge_ext.store.ref import ref_from_json
 
 LOG_TAIL_BYTES = 2000
@@ -85,6 +88,15 @@ class ProducerProcess:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Hello:
+    """A producer's store: where it is, and how features lie in it."""
+
+    address: str
+    capacity_bytes: int
+    encoding: Encoding
+
+
 class ProducerLink:
     """One rank's connection: implements the loader's FeatureLink."""
 
@@ -93,8 +105,8 @@ class ProducerLink:
         self._hello: Message | None = None
         self._open_steps: deque[int] = deque()
 
-    def hello(self, *, layout_hash: str, timeout_s: float) -> tuple[str, int]:
-        """The store's address and capacity in bytes; ValueError if it is for another layout."""
+    def hello(self, *, layout_hash: str, timeout_s: float) -> Hello:
+        """What the store is; ValueError if it is for another layout, UnknownEncoding."""
         if self._hello is None:
             self._hello = self._expect("hello", timeout_s=timeout_s, what="its first message")
         if self._hello["layout_hash"] != layout_hash:
@@ -102,7 +114,11 @@ class ProducerLink:
                 f"the producer makes features of layout {self._hello['layout_hash']}, "
                 f"this rank trains on {layout_hash}: engine and method disagree"
             )
-        return str(self._hello["store"]), int(self._hello["capacity_bytes"])
+        encoding = str(self._hello["encoding"])
+        known = next((name for name in ENCODINGS if name == encoding), None)
+        if known is None:
+            raise UnknownEncoding("encoding of the producer's store", encoding)
+        return Hello(str(self._hello["store"]), int(self._hello["capacity_bytes"]), known)
 
     def prepare(
         self, *, timeout_s: float, progress: Callable[[int, int, str], None]
@@ -131,6 +147,7 @@ class ProducerLink:
             step=int(message["step"]),
             refs=tuple(ref_from_json(text) for text in message["refs"]),
             skipped=tuple(Skipped(**item) for item in message["skipped"]),
+            copied=copies_from(message["copied"]),
         )
 
     def close(self) -> None:

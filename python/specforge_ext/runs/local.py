@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from specforge_ext import _C, __version__
+from specforge_ext.config import defaults
 from specforge_ext.engines import ENGINES
-from specforge_ext.loader import GlobalStep, Skipped, StepData, Stream, global_steps
+from specforge_ext.loader import GlobalStep, OrderConfig, Skipped, StepData, Stream, global_steps
 from specforge_ext.methods import METHODS, Method
-from specforge_ext.records import DraftVocab, FeatureLayout, TargetWeights
+from specforge_ext.records import DraftVocab, TargetWeights
 from specforge_ext.runs.data import Dataset, read_dataset
 from specforge_ext.runs.finish import Finished, finish
 from specforge_ext.runs.link import ProducerLink, ProducerProcess
@@ -120,9 +121,7 @@ def _train(
     )
     layout = method.layout(weights.spec)
     link = _connect(recipe, world, producer, stack)
-    address, capacity_bytes = link.hello(
-        layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s
-    )
+    hello = link.hello(layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s)
     files = link.prepare(timeout_s=recipe.run.prepare_timeout_s, progress=say.progress)
     dataset = read_dataset(files)
     say(f"data: {dataset.describe()}")
@@ -132,14 +131,14 @@ def _train(
     check_room(
         steps,
         dataset.train.lengths,
-        layout,
+        layout.stored_bytes_per_token(hello.encoding),
         in_flight=recipe.stream.in_flight_steps + 1,
-        capacity_bytes=capacity_bytes,
+        capacity_bytes=hello.capacity_bytes,
     )
     say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
-    reader = STORES.get(recipe.store[0]).reader(address)
+    reader = STORES.get(recipe.store[0]).reader(hello.address)
     stack.callback(reader.close)
-    say(f"store: {reader.capabilities().describe()}")
+    say(f"store: {reader.capabilities().describe()}, encoding {hello.encoding}")
     stream = Stream(
         steps=steps,
         prompts=dataset.train,
@@ -159,7 +158,8 @@ def _train(
         source,
         output_dir=recipe.output_dir,
         world=world,
-        identity=_identity(recipe, dataset, steps),
+        identity={**_identity(recipe, dataset, steps), "encoding": hello.encoding},
+        identity_defaults=_identity_defaults(recipe),
     )
     result = trainer.fit()
     world.barrier("the end of training")
@@ -206,20 +206,21 @@ def _connect(
 def check_room(
     steps: Sequence[GlobalStep],
     lengths: Sequence[int],
-    layout: FeatureLayout,
+    bytes_per_token: int,
     *,
     in_flight: int,
     capacity_bytes: int,
 ) -> None:
     """ValueError if the steps that ranks ask for together could fill the store and never leave it.
 
+    bytes_per_token: of features, as they lie in the store.
     in_flight: steps a rank has asked for at a time, the one it receives included.
     """
     largest = max(steps, key=lambda step: sum(lengths[i] for i in step.samples))
     tokens = sum(lengths[i] for i in largest.samples)
     ids_and_mask = 4 + 1
     needed = in_flight * (
-        tokens * (layout.bytes_per_token + ids_and_mask) + len(largest.samples) * SAMPLE_SLACK_BYTES
+        tokens * (bytes_per_token + ids_and_mask) + len(largest.samples) * SAMPLE_SLACK_BYTES
     )
     if needed > capacity_bytes:
         raise ValueError(
@@ -236,6 +237,15 @@ def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict
         "order": recipe.order.model_dump(mode="json"),
         "seed": recipe.run.seed,
         "num_steps": len(steps),
+    }
+
+
+def _identity_defaults(recipe: Recipe) -> dict[str, Any]:
+    """An option that did not exist when a checkpoint was written was at its default."""
+    return {
+        "method": defaults(type(recipe.method[1])),
+        "order": defaults(OrderConfig),
+        "encoding": "none",
     }
 
 

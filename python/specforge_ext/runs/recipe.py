@@ -15,6 +15,7 @@ from specforge_ext.methods import METHODS
 from specforge_ext.registry import Registry, unknown_name
 from specforge_ext.runs.data import SPLITS, DataConfig, prompt_source
 from specforge_ext.store import STORES
+from specforge_ext.store.base import StoreConfig
 from specforge_ext.trainer import TrainerConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -82,7 +83,7 @@ class Recipe:
     engine: tuple[str, Config]
     data: DataConfig
     method: tuple[str, Config]
-    store: tuple[str, Config]
+    store: tuple[str, StoreConfig]
     order: OrderConfig
     stream: StreamConfig
     trainer: TrainerConfig
@@ -130,7 +131,7 @@ def build(data: dict[str, Any]) -> Recipe:
         engine=_kind(ENGINES, data, "engine"),
         data=texts,
         method=_kind(METHODS, data, "method"),
-        store=_kind(STORES, data, "store", default="shm"),
+        store=_store(data),
         order=_section(OrderConfig, data, "order"),
         stream=_section(StreamConfig, data, "stream"),
         trainer=_section(TrainerConfig, data, "trainer"),
@@ -138,6 +139,13 @@ def build(data: dict[str, Any]) -> Recipe:
         export=_section(ExportConfig, data, "export"),
         source=data,
     )
+
+
+def _store(data: dict[str, Any]) -> tuple[str, StoreConfig]:
+    kind, config = _kind(STORES, data, "store", default="shm")
+    if not isinstance(config, StoreConfig):
+        raise TypeError(f"store.kind {kind}: wanted a StoreConfig, got {type(config).__name__}")
+    return kind, config
 
 
 def _mapping(data: dict[str, Any], key: str) -> dict[str, Any]:

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from specforge_ext.records import Sample, SampleRef
+from torch import Tensor
+
+from specforge_ext.config import Config
+from specforge_ext.records import (
+    ENCODINGS,
+    Encoding,
+    FeatureLayout,
+    Prompt,
+    Sample,
+    SampleRef,
+    StoredSample,
+)
+
+
+class StoreConfig(Config):
+    """What every store's config has.
+
+    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
+        verify (stream.verify: off).
+    encoding: of features: none, or fp8_e4m3_row, which halves their bytes and rounds them; for
+        features of float32, bfloat16 and float16, all finite.
+    """
+
+    checksum: bool = True
+    encoding: Encoding = "none"
 
 
 class StoreError(RuntimeError):
@@ -29,17 +54,31 @@ class LayoutMismatch(StoreError):
     """The ref was made for another FeatureLayout."""
 
 
-class StoreFull(StoreError):
-    """A sample that can never fit: `needed` and `available` bytes."""
+class UnknownEncoding(StoreError, ValueError):
+    """Features are encoded in a way that this release cannot decode: `encoding`."""
 
-    def __init__(self, needed: int, available: int) -> None:
-        super().__init__(f"sample of {needed} bytes does not fit a store of {available} bytes")
+    def __init__(self, where: str, encoding: str) -> None:
+        super().__init__(f"{where}: wanted one of {', '.join(ENCODINGS)}, got {encoding!r}")
+        self.where = where
+        self.encoding = encoding
+
+    def __reduce__(self) -> tuple[type[UnknownEncoding], tuple[str, str]]:
+        return type(self), (self.where, self.encoding)
+
+
+class StoreFull(StoreError):
+    """A sample, or samples that are wanted together, that can never fit: `needed` and `available`
+    bytes."""
+
+    def __init__(self, needed: int, available: int, what: str = "sample") -> None:
+        super().__init__(f"{what} of {needed} bytes does not fit a store of {available} bytes")
+        self.what = what
         self.needed = needed
         self.available = available
 
-    def __reduce__(self) -> tuple[type[StoreFull], tuple[int, int]]:
+    def __reduce__(self) -> tuple[type[StoreFull], tuple[int, int, str]]:
         # An exception is pickled with its text alone, which is not what the constructor takes.
-        return type(self), (self.needed, self.available)
+        return type(self), (self.needed, self.available, self.what)
 
 
 class TransferTimeout(StoreError):
@@ -58,9 +97,12 @@ class TransferTimeout(StoreError):
 class Capabilities:
     """What a store of this kind, opened as it is, can do.
 
-    protocol: what carries the bytes: "memory", "file", "tcp" or "rdma"; the one in use, which is
-    the one asked for. zero_copy: views are of the memory that `put` wrote. across_hosts: readers
-    may be on other hosts. outlives_producer: what was put stays readable when its process died.
+    protocol: what carries the bytes: "memory", "file", "tcp", "rdma" or "cuda"; the one in use,
+    which is the one asked for. zero_copy: views are of the memory that `put` wrote. across_hosts:
+    readers may be on other hosts. outlives_producer: what was put stays readable when its process
+    died.
+    on_gpu: `put` takes tensors of a GPU as they are, and views of features are of its memory. Who
+    queues work on such views waits for it before the lease is released.
     """
 
     kind: str
@@ -68,6 +110,7 @@ class Capabilities:
     zero_copy: bool
     across_hosts: bool
     outlives_producer: bool
+    on_gpu: bool = False
 
     def describe(self) -> str:
         """For a log: "mooncake_p2p over tcp"."""
@@ -94,7 +137,7 @@ class Lease(Protocol):
     """
 
     @property
-    def sample(self) -> Sample: ...
+    def sample(self) -> StoredSample: ...
 
     def release(self) -> None: ...
 
@@ -114,8 +157,21 @@ class StoreWriter(Protocol):
         """Payload that fits at the same time."""
         ...
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
-        """Copy a sample in and publish it. Waits for room; StoreFull, TransferTimeout."""
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
+        """Copy a sample in, encoded as configured, and publish it. Waits for room.
+
+        features[name]: [S, width], CPU; any of DTYPES, or of FP8_DTYPES to be encoded.
+        layers[name]: L, which divides the width: `FeatureLayout.layers`. Wanted by encodings only.
+        ValueError for other tensors, or values that are not finite where an encoding has none;
+        StoreFull at once if it can never fit; TransferTimeout if readers free no room in time.
+        """
         ...
 
     def abort(self, ref: SampleRef) -> None:
@@ -135,6 +191,45 @@ class StoreWriter(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Reservation(Protocol):
+    """Room for one sample. Ends with `publish` or `abort`, of which one may be called, once."""
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """[S, width] views to write to, of unspecified content. Not after the end."""
+        ...
+
+    def publish(self) -> SampleRef:
+        """Make the sample readable."""
+        ...
+
+    def abort(self) -> None:
+        """Give the room back."""
+        ...
+
+
+@runtime_checkable
+class ReservingWriter(Protocol):
+    """A StoreWriter whose memory others may write to: see store/reserving.py."""
+
+    @property
+    def writes_in_place(self) -> bool:
+        """False where it stores other bytes than those of the features, and has to `put`."""
+        ...
+
+    def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
+        """StoreFull if these samples could never lie in the store at the same time."""
+        ...
+
+    def reserve(self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float) -> Reservation:
+        """Room for a sample whose features the caller writes. Waits; StoreFull, TransferTimeout."""
+        ...
+
+    def abort(self, ref: SampleRef) -> None:
+        """Nobody is going to read this sample any more: as a reader's `ack`."""
+        ...
 
 
 class StoreReader(Protocol):

@@ -16,24 +16,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.config import Config
-from specforge_ext.store.base import StoreError
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, TransferTimeout
 
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's name for: no metadata server, peers ask each other."""
 FORCE_TCP = "MC_FORCE_TCP"
 POOL_SLOTS = 4096
+T = TypeVar("T")
 Protocol = Literal["tcp", "rdma"]
 _ENVIRONMENT = threading.Lock()
 
 
-class MooncakeConfig(Config):
+class MooncakeConfig(StoreConfig):
     """protocol: what carries the bytes; rdma without a device is an error, never TCP instead.
     devices: RDMA devices, comma-separated ("": Mooncake chooses).
     host: name or address under which others reach the producer (None: the route to the master, or
@@ -41,8 +41,6 @@ class MooncakeConfig(Config):
     capacity_bytes: payload that may lie in the store at the same time.
     pool_bytes: registered memory on the other side of a copy, which bounds the largest sample: each
         reader's, and in mooncake_store the writer's too (None: capacity_bytes).
-    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
-        verify (stream.verify: off).
     read_timeout_s: deadline of reading one sample, and of its wait for room in the reader's pool.
     """
 
@@ -51,7 +49,6 @@ class MooncakeConfig(Config):
     host: str | None = None
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     pool_bytes: int | None = Field(default=None, gt=0, le=1 << 46)
-    checksum: bool = True
     read_timeout_s: float = Field(default=60.0, gt=0)
 
     @property
@@ -78,6 +75,17 @@ def module(name: str) -> Any:
     if reason is not None:
         raise StoreError(f"Mooncake is not available: {reason}")
     return importlib.import_module(name)
+
+
+def transfer_engine(host: str, protocol: Protocol, devices: str) -> Any:
+    """Mooncake's engine, listening. StoreError without package or device."""
+    expect_protocol(protocol, devices)
+    engine = module("mooncake.engine").TransferEngine()
+    with only(protocol):
+        code = engine.initialize(host, HANDSHAKE, protocol, devices)
+    if code != 0:
+        raise StoreError(f"Mooncake could not listen on {host} over {protocol}: error {code}")
+    return engine
 
 
 def expect_protocol(protocol: Protocol, devices: str) -> None:
@@ -133,6 +141,16 @@ def only(protocol: Protocol) -> Iterator[None]:
 def _has_active_port(device: Path) -> bool:
     states = (device / "ports").glob("*/state")
     return any(state.read_text().strip().endswith("ACTIVE") for state in states)
+
+
+def capabilities_over(kind: str, protocol: str) -> Capabilities:
+    return Capabilities(
+        kind=kind,
+        protocol=protocol,
+        zero_copy=False,
+        across_hosts=True,
+        outlives_producer=False,
+    )
 
 
 def local_host(towards: str) -> str:
@@ -235,3 +253,15 @@ class Pauses:
         time.sleep(min(self._pause_s, left_s))
         self._pause_s = min(self._pause_s * 1.5, self._longest_s)
         return True
+
+
+def wait_for_room(attempt: Callable[[], T], collect: Callable[[], object], wait: Pauses) -> T:
+    """What `attempt` gives once it no longer ends in TransferTimeout, `collect` called before each;
+    with the last one's at the deadline."""
+    while True:
+        collect()
+        try:
+            return attempt()
+        except TransferTimeout as error:
+            if not wait.sleep():
+                raise TransferTimeout(error.what, wait.waited_s) from None

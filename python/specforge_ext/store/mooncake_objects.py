@@ -11,7 +11,7 @@ from specforge_ext import _C
 from specforge_ext.config import Config
 from specforge_ext.records import SampleRef
 from specforge_ext.store import mooncake
-from specforge_ext.store.base import Capabilities, ProducerLost, StoreError
+from specforge_ext.store.base import ProducerLost, StoreError
 
 NO_SPACE = -200
 TOO_SMALL = -600
@@ -24,6 +24,8 @@ LATE_WRITES_S = 60.0
 """Mooncake gives a stalled transfer up after 30 s; its memory is left alone for longer."""
 MASTER_S = 5.0
 SEGMENT_STEP_BYTES = 16 << 20
+ALIVE_BYTES = 16
+"""Of the object that says that a writer lives."""
 LOOK_EVERY_S = (0.002, 0.05)
 
 
@@ -55,16 +57,6 @@ def connect(
             f"error {code}, {mooncake.memlock_limit()}"
         )
     return client
-
-
-def capabilities_over(protocol: str) -> Capabilities:
-    return Capabilities(
-        kind="mooncake_store",
-        protocol=protocol,
-        zero_copy=False,
-        across_hosts=True,
-        outlives_producer=False,
-    )
 
 
 def key_of(epoch: str, generation: int) -> str:

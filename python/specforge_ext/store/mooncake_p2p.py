@@ -14,16 +14,18 @@ import logging
 import re
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.config import Config, parse_json
-from specforge_ext.records import Sample, SampleRef
+from specforge_ext.config import parse_json
+from specforge_ext.copies import copied
+from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import mooncake, payload
 from specforge_ext.store.base import (
     Capabilities,
@@ -33,41 +35,21 @@ from specforge_ext.store.base import (
     StoreError,
     TransferTimeout,
 )
+from specforge_ext.store.mooncake_slots import EPOCH_AT, PAGE_BYTES, READY, SLOT_BYTES, Address
+from specforge_ext.store.reserving import ForwardedReservation
 from specforge_ext.store.shm import ShmConfig, ShmHealth, ShmWriter
 
 log = logging.getLogger(__name__)
 
-PAGE_BYTES = 4096
-SLOT_BYTES = 64
-EPOCH_AT = 40
-"""In the arena's header (csrc/transport/layout.h)."""
-READY = (2, 3)
-"""States of a slot that may be read (csrc/transport/slot_word.h): ready, and leased on its host."""
 LOOK_EVERY_S = (0.002, 0.05)
 POLL_EVERY_S = (0.00005, 0.001)
 LOST_EVERY_S = 1.0
-"""An RDMA read of a process that was killed may stay without an answer."""
 
 
 class MooncakeP2PConfig(mooncake.MooncakeConfig):
     """max_slots: samples that may lie in the arena at the same time."""
 
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
-
-
-class Address(Config):
-    """What a reader has to know. slots, payload, acks: addresses in the producer's memory."""
-
-    peer: str = Field(pattern=r"^[^:\s]+:\d+$")
-    protocol: mooncake.Protocol
-    devices: str
-    slots: int = Field(gt=0, lt=1 << 63)
-    payload: int = Field(gt=0, lt=1 << 63)
-    acks: int = Field(gt=0, lt=1 << 63)
-    max_slots: int = Field(gt=0, le=1 << 20)
-    payload_bytes: int = Field(gt=0, le=1 << 46)
-    pool_bytes: int = Field(gt=0, le=1 << 46)
-    read_timeout_s: float = Field(gt=0)
 
 
 class MooncakeP2PStore:
@@ -97,12 +79,13 @@ class MooncakeP2PWriter:
     def __init__(self, config: MooncakeP2PConfig) -> None:
         self._config = config
         host = config.host or "127.0.0.1"
-        self._engine = _engine(host, config.protocol, config.devices)
+        self._engine = mooncake.transfer_engine(host, config.protocol, config.devices)
         self._open_shm: ShmWriter | None = ShmWriter(
             ShmConfig(
                 capacity_bytes=config.capacity_bytes,
                 max_slots=config.max_slots,
                 checksum=config.checksum,
+                encoding=config.encoding,
             )
         )
         self._lock = threading.Lock()
@@ -136,20 +119,35 @@ class MooncakeP2PWriter:
     def capacity_bytes(self) -> int:
         return self._shm.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """As the shm store's: StoreFull at once, TransferTimeout after `timeout_s`."""
+        put = partial(self._shm.put, sample, layout_hash=layout_hash, timeout_s=0.0, layers=layers)
         wait = mooncake.Pauses(*LOOK_EVERY_S, timeout_s)
-        while True:
-            self._collect()
-            try:
-                ref = self._shm.put(sample, layout_hash=layout_hash, timeout_s=0.0)
-                break
-            except TransferTimeout as error:
-                if not wait.sleep():
-                    raise TransferTimeout(error.what, wait.waited_s) from None
-        with self._lock:
-            self._put_generations[ref.slot] = ref.generation
-        return replace(ref, store=self._store)
+        return self._published(mooncake.wait_for_room(put, self._collect, wait))
+
+    @property
+    def writes_in_place(self) -> bool:
+        return self._shm.writes_in_place
+
+    def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
+        """As the shm store's: StoreFull, StoreError."""
+        self._shm.expect_room(prompts, layout)
+
+    def reserve(
+        self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float
+    ) -> ForwardedReservation:
+        """As the shm store's: StoreFull, TransferTimeout."""
+        reserve = partial(self._shm.reserve, prompt, layout, timeout_s=0.0)
+        wait = mooncake.Pauses(*LOOK_EVERY_S, timeout_s)
+        room = mooncake.wait_for_room(reserve, self._collect, wait)
+        return ForwardedReservation(room, self._published)
 
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more. StaleRef."""
@@ -167,7 +165,7 @@ class MooncakeP2PWriter:
         return self._shm.health()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeP2PStore.reader` wants: "mooncake_p2p:EPOCH:JSON"."""
@@ -183,6 +181,11 @@ class MooncakeP2PWriter:
             self._engine.unregister_memory(address)
         self._open_shm = None
         self._engine = None
+
+    def _published(self, ref: SampleRef) -> SampleRef:
+        with self._lock:
+            self._put_generations[ref.slot] = ref.generation
+        return replace(ref, store=self._store)
 
     def _collect(self) -> int:
         """Free the slots whose acknowledgement is of the generation that lies there."""
@@ -213,7 +216,7 @@ class MooncakeP2PReader:
         self._store = f"mooncake_p2p:{match[1]}"
         self._at = parse_json(Address, match[2], where="address")
         host = mooncake.local_host(self._at.peer.rpartition(":")[0])
-        self._engine = _engine(host, self._at.protocol, self._at.devices)
+        self._engine = mooncake.transfer_engine(host, self._at.protocol, self._at.devices)
         self._open_pool: mooncake.Pool | None = mooncake.Pool(
             self._at.pool_bytes, self._engine.register_memory
         )
@@ -247,6 +250,7 @@ class MooncakeP2PReader:
         self._transfer(
             f"sample {ref.sample_id!r}, {nbytes} bytes", slot, [(self._at.payload + offset, nbytes)]
         )
+        copied("transfer", payload.feature_bytes(ref))
         try:
             self._locate(ref)
         except StoreError:
@@ -267,7 +271,7 @@ class MooncakeP2PReader:
         slot.abort()
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self._at.protocol)
+        return mooncake.capabilities_over("mooncake_p2p", self._at.protocol)
 
     def close(self) -> None:
         """Leases keep their bytes."""
@@ -340,24 +344,30 @@ class MooncakeP2PReader:
             if batch is not None and batch > 0:
                 pending.append(batch)
             failed = failed or (batch is not None and batch <= 0)
-        wait = mooncake.Pauses(*POLL_EVERY_S, self._at.read_timeout_s)
-        look_s = LOST_EVERY_S
-        while True:
-            statuses = self._poll(pending)
-            failed = failed or -1 in statuses
-            if not pending:
-                break
-            if wait.waited_s > look_s:
-                look_s = wait.waited_s + LOST_EVERY_S
-                if mooncake.has_ended(self._at.peer):
-                    self._pool.quarantine(slot, lambda: self._is_over(pending))
-                    raise ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
-            if not wait.sleep():
-                self._pool.quarantine(slot, lambda: self._is_over(pending))
-                raise TransferTimeout(f"{what} at {self._at.peer}", wait.waited_s)
+        try:
+            failed = self._wait(what, pending) or failed
+        except StoreError:
+            self._pool.quarantine(slot, lambda: self._is_over(pending))
+            raise
         if failed:
             slot.abort()
             raise self._lost(what)
+
+    def _wait(self, what: str, pending: list[int]) -> bool:
+        """Until none is left; whether any failed. TransferTimeout; ProducerLost, for an RDMA read
+        of a process that was killed may stay without an answer."""
+        wait = mooncake.Pauses(*POLL_EVERY_S, self._at.read_timeout_s)
+        look_s, failed = LOST_EVERY_S, False
+        while True:
+            failed = -1 in self._poll(pending) or failed
+            if not pending:
+                return failed
+            if wait.waited_s > look_s:
+                look_s = wait.waited_s + LOST_EVERY_S
+                if mooncake.has_ended(self._at.peer):
+                    raise ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
+            if not wait.sleep():
+                raise TransferTimeout(f"{what} at {self._at.peer}", wait.waited_s)
 
     def _is_over(self, pending: list[int]) -> bool:
         self._poll(pending)
@@ -378,23 +388,3 @@ class MooncakeP2PReader:
         if self.producer_alive:
             return StoreError(f"{what}: {self._at.peer} refused the transfer")
         return ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
-
-
-def _engine(host: str, protocol: mooncake.Protocol, devices: str) -> Any:
-    mooncake.expect_protocol(protocol, devices)
-    engine = mooncake.module("mooncake.engine").TransferEngine()
-    with mooncake.only(protocol):
-        code = engine.initialize(host, mooncake.HANDSHAKE, protocol, devices)
-    if code != 0:
-        raise StoreError(f"Mooncake could not listen on {host} over {protocol}: error {code}")
-    return engine
-
-
-def _capabilities(protocol: str) -> Capabilities:
-    return Capabilities(
-        kind="mooncake_p2p",
-        protocol=protocol,
-        zero_copy=False,
-        across_hosts=True,
-        outlives_producer=False,
-    )

@@ -13,11 +13,14 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from pydantic import Field
+from torch import Tensor
 
-from specforge_ext.records import Sample, SampleRef
+from specforge_ext.copies import copied
+from specforge_ext.records import Sample, SampleRef, TensorRef
 from specforge_ext.store import mooncake, payload
 from specforge_ext.store import mooncake_objects as objects
 from specforge_ext.store.base import (
@@ -27,6 +30,7 @@ from specforge_ext.store.base import (
     TransferTimeout,
 )
 from specforge_ext.store.mooncake_master import Master
+from specforge_ext.store.mooncake_segment import OwnSegment
 from specforge_ext.store.mooncake_store_reader import MooncakeStoreReader
 
 log = logging.getLogger(__name__)
@@ -108,23 +112,36 @@ class MooncakeStoreWriter:
         self._placement.replica_num = 1
         self._placement.with_hard_pin = True
         self._placement.preferred_segment = self._client.get_hostname()
-        self._put_alive()
+        alive = self._put_alive()
+        self._segment = OwnSegment(self._client, objects.alive_key(self._epoch), alive)
+        if not self._segment.is_known:
+            log.warning("mooncake_store: samples take one more copy: the segment is not found here")
 
     @property
     def capacity_bytes(self) -> int:
         return self._config.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
-        """Copy a sample into the segment, in one call. Waits for readers to remove others.
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
+        """Copy a sample into the segment, once. Waits for readers to remove others.
 
-        features[name]: [S, width], any of DTYPES, CPU. ValueError for other tensors; StoreFull at
-        once if it can never fit; TransferTimeout if readers free no room in `timeout_s`;
-        StoreError after three attempts that Mooncake failed.
+        See `StoreWriter.put` for `sample`, `layers` and errors; StoreError after three attempts
+        that Mooncake failed.
         """
         pool = self._open_pool()
-        tensors = payload.tensors_of(sample)
-        shapes = payload.shapes_of(tensors)
-        planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
+        planned, tensors = payload.plan_sample(
+            sample,
+            store=self._store,
+            layout_hash=layout_hash,
+            encoding=self._config.encoding,
+            layers=layers,
+        )
         size = objects.size_of(planned)
         largest = min(self.capacity_bytes, self._config.pool_or_capacity_bytes)
         if size > largest:
@@ -133,12 +150,11 @@ class MooncakeStoreWriter:
         generation = self._wait_for_room(size, wait)
         published = 0
         try:
-            slot = pool.acquire(size, wait.left_s)
-            try:
-                written = payload.write_into(slot, planned, tensors, checksum=self._config.checksum)
-                published = self._put(generation, slot.address, size, wait)
-            finally:
-                slot.abort()
+            in_place = self._put_in_place(generation, planned, tensors, wait)
+            if in_place is None:
+                published, written = self._put_through(pool, planned, tensors, wait)
+            else:
+                published, written = in_place
         finally:
             with self._lock:
                 if published == 0:
@@ -168,7 +184,7 @@ class MooncakeStoreWriter:
             )
 
     def capabilities(self) -> Capabilities:
-        return objects.capabilities_over(self._config.protocol)
+        return mooncake.capabilities_over("mooncake_store", self._config.protocol)
 
     def address(self) -> str:
         """What `MooncakeStore.reader` wants: "mooncake_store:EPOCH:JSON"."""
@@ -199,21 +215,66 @@ class MooncakeStoreWriter:
     def _key(self, generation: int) -> str:
         return objects.key_of(self._epoch, generation)
 
-    def _put_alive(self) -> None:
+    def _put_alive(self) -> bytes:
         """A readable object of our segment says that we live, without a clock of ours."""
-        slot = self._open_pool().acquire(1, objects.MASTER_S)
-        code = self._put_once(objects.alive_key(self._epoch), slot.address, 1)
+        alive = secrets.token_bytes(objects.ALIVE_BYTES)
+        slot = self._open_pool().acquire(len(alive), objects.MASTER_S)
+        slot.write(0, memoryview(alive), False)
+        code = self._copies_from(slot.address)(objects.alive_key(self._epoch), len(alive))
         slot.abort()
         if code != 0:
             raise StoreError(f"Mooncake refused a first object: error {code}")
+        return alive
 
-    def _put(self, generation: int, address: int, size: int, wait: mooncake.Pauses) -> int:
+    def _put_in_place(
+        self,
+        generation: int,
+        planned: SampleRef,
+        tensors: Mapping[str, Tensor],
+        wait: mooncake.Pauses,
+    ) -> tuple[int, tuple[TensorRef, ...]] | None:
+        """The generation under which it was put, and its tensors; None if it would not lie in our
+        own segment. Until the ref is out, nobody knows that the object can be read already."""
+        if not self._segment.is_known:
+            return None
+        generation = self._put(generation, objects.size_of(planned), wait, self._reserve)
+        key = self._key(generation)
+        try:
+            if (room := self._segment.room(key)) is not None:
+                checksum = self._config.checksum
+                return generation, payload.write_into(room, planned, tensors, checksum=checksum)
+        except BaseException:
+            objects.remove(self._client, key)
+            raise
+        objects.remove(self._client, key)
+        return None
+
+    def _put_through(
+        self,
+        pool: mooncake.Pool,
+        planned: SampleRef,
+        tensors: Mapping[str, Tensor],
+        wait: mooncake.Pauses,
+    ) -> tuple[int, tuple[TensorRef, ...]]:
+        """The same by way of registered memory, to wherever Mooncake puts it."""
+        size = objects.size_of(planned)
+        slot = pool.acquire(size, wait.left_s)
+        try:
+            written = payload.write_into(slot, planned, tensors, checksum=self._config.checksum)
+            once = self._copies_from(slot.address)
+            generation = self._put(next(self._generations), size, wait, once)
+            copied("transfer", payload.feature_bytes(planned))
+            return generation, written
+        finally:
+            slot.abort()
+
+    def _put(
+        self, generation: int, size: int, wait: mooncake.Pauses, once: Callable[[str, int], int]
+    ) -> int:
         """The generation under which it was put: a new one for each attempt that failed, because
         the failed one may still hold its key and its room."""
         for attempt in range(objects.ATTEMPTS):
-            while (
-                code := self._put_once(self._key(generation), address, size)
-            ) == objects.NO_SPACE:
+            while (code := once(self._key(generation), size)) == objects.NO_SPACE:
                 if not wait.sleep():
                     raise self._timeout(size, wait)
             if code == 0:
@@ -226,9 +287,19 @@ class MooncakeStoreWriter:
             generation = next(self._generations)
         raise StoreError(f"Mooncake could not put {size} bytes: error {code}")
 
-    def _put_once(self, key: str, address: int, size: int) -> int:
-        [code] = self._client.batch_put_from([key], [address], [size], self._placement)
+    def _reserve(self, key: str, size: int) -> int:
+        """An object with bytes of nobody; 0 or an error."""
+        [code] = self._client.batch_put_session_start([key], [size], self._placement)
+        if code == 0:
+            [code] = self._client.batch_put_session_end([key])
         return int(code)
+
+    def _copies_from(self, address: int) -> Callable[[str, int], int]:
+        def put_once(key: str, size: int) -> int:
+            [code] = self._client.batch_put_from([key], [address], [size], self._placement)
+            return int(code)
+
+        return put_once
 
     def _wait_for_room(self, nbytes: int, wait: mooncake.Pauses) -> int:
         """A generation whose bytes are counted."""

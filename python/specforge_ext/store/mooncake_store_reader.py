@@ -8,6 +8,7 @@ import time
 
 from specforge_ext import _C
 from specforge_ext.config import parse_json
+from specforge_ext.copies import copied
 from specforge_ext.records import SampleRef
 from specforge_ext.store import mooncake, payload
 from specforge_ext.store import mooncake_objects as objects
@@ -58,10 +59,10 @@ class MooncakeStoreReader:
     def producer_alive(self) -> bool:
         """Asks by reading; takes about a second when it is not."""
         pool = self._open_pool()
-        slot = pool.acquire(1, self._address.read_timeout_s)
-        code = self._get_once(objects.alive_key(self._epoch), slot, 1)
+        slot = pool.acquire(objects.ALIVE_BYTES, self._address.read_timeout_s)
+        code = self._get_once(objects.alive_key(self._epoch), slot, objects.ALIVE_BYTES)
         objects.leave(pool, slot, code)
-        return code == 1
+        return code == objects.ALIVE_BYTES
 
     def open(self, ref: SampleRef, *, layout_hash: str, verify: bool) -> payload.SampleLease:
         """Copy a sample into the pool, in one call, and lease that.
@@ -79,6 +80,7 @@ class MooncakeStoreReader:
                 objects.key_of(self._epoch, ref.generation), slot, objects.size_of(ref)
             )
             if code == objects.size_of(ref):
+                copied("transfer", payload.feature_bytes(ref))
                 return payload.lease(pool.lease(slot), ref, verify=verify)
             objects.leave(pool, slot, code)
             if code not in objects.TRANSIENT or not self.producer_alive:
@@ -95,7 +97,7 @@ class MooncakeStoreReader:
         objects.remove(self._client, objects.key_of(self._epoch, ref.generation))
 
     def capabilities(self) -> Capabilities:
-        return objects.capabilities_over(self._address.protocol)
+        return mooncake.capabilities_over("mooncake_store", self._address.protocol)
 
     def close(self) -> None:
         """Leases keep their bytes."""

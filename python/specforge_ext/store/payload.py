@@ -1,20 +1,34 @@
 """Samples as bytes, and bytes as samples again: what every store does the same way.
 
-A sample's extent holds its tensors raw, each at a multiple of 64 bytes; the rest is in its
-SampleRef. S is the number of tokens of a sample.
+A sample's extent holds its tensors raw, or their codes and scales, each at a multiple of 64 bytes;
+the rest is in its SampleRef. S is the number of tokens of a sample.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from specforge_ext import _C
-from specforge_ext.records import DTYPE_NAMES, DTYPES, Prompt, Sample, SampleRef, TensorRef
+from specforge_ext import _C, ops
+from specforge_ext.copies import copied
+from specforge_ext.records import (
+    DTYPE_NAMES,
+    DTYPES,
+    FP8_DTYPES,
+    EncodedFeature,
+    Encoding,
+    Prompt,
+    Sample,
+    SampleRef,
+    StoredSample,
+    TensorRef,
+)
 from specforge_ext.store.base import CorruptFeature, LayoutMismatch, StaleRef, StoreError
 from specforge_ext.store.ref import check_ref, plan_tensors
 
@@ -31,18 +45,31 @@ class Extent(Protocol):
     def crc32c(self, offset: int, nbytes: int) -> int: ...
 
 
+class TensorExtent:
+    """A sample's bytes as a tensor, on whatever device. whole: [nbytes] uint8."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.numel()
+
+    def crc32c(self, offset: int, nbytes: int) -> int:
+        """Of a copy on the host."""
+        return _C.crc32c(raw_bytes(self.whole[offset : offset + nbytes].cpu()))
+
+
 class SampleLease:
     """Ends when `release` was called (or the lease dropped) and no view of it lives any more."""
 
     def __init__(self, extent: Extent, ref: SampleRef) -> None:
-        tensors = views(extent, ref)
-        prompt = Prompt(ref.sample_id, tensors.pop("input_ids"), tensors.pop("loss_mask"))
         self._sample_id = ref.sample_id
         # A sample without a single byte has no view that would keep the extent.
-        self._held: tuple[Extent, Sample] | None = (extent, Sample(prompt, tensors))
+        self._held: tuple[Extent, StoredSample] | None = (extent, stored_sample(extent, ref))
 
     @property
-    def sample(self) -> Sample:
+    def sample(self) -> StoredSample:
         if self._held is None:
             raise StoreError(f"lease of sample {self._sample_id!r}: wanted before its release")
         return self._held[1]
@@ -63,16 +90,20 @@ class SampleLease:
         self.release()
 
 
-def tensors_of(sample: Sample) -> dict[str, Tensor]:
-    """All tensors of a sample by name. ValueError for those that cannot travel."""
+def tensors_of(sample: Sample, *, on_gpu: bool = False) -> dict[str, Tensor]:
+    """All tensors of a sample by name. ValueError for those that cannot travel.
+
+    on_gpu: features may be on a GPU; a prompt is always on the CPU.
+    """
     prompt = {"input_ids": sample.prompt.input_ids, "loss_mask": sample.prompt.loss_mask}
     if clash := prompt.keys() & sample.features.keys():
         raise ValueError(f"Sample.features: wanted no name of the prompt's, got {sorted(clash)}")
     for name, tensor in sample.features.items():
-        if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
+        on_cpu = tensor.device.type == "cpu"
+        if not (on_cpu or (on_gpu and tensor.is_cuda)) or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(
-                f"Sample.features[{name!r}]: wanted one of {sorted(DTYPES)} on the CPU, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"Sample.features[{name!r}]: wanted one of {sorted(DTYPES)} on the CPU"
+                f"{' or a GPU' if on_gpu else ''}, got {tensor.dtype} on {tensor.device}"
             )
     return {**prompt, **sample.features}
 
@@ -86,11 +117,47 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, 
     }
 
 
+def plan_sample(
+    sample: Sample,
+    *,
+    store: str,
+    layout_hash: str,
+    encoding: Encoding,
+    layers: Mapping[str, int] | None,
+    on_gpu: bool = False,
+) -> tuple[SampleRef, dict[str, Tensor]]:
+    """As `plan`, and the sample's tensors by name. ValueError for what cannot travel."""
+    tensors = tensors_of(sample, on_gpu=on_gpu)
+    features = shapes_of(tensors)
+    num_scales = _num_scales(features, encoding, layers or {}) if encoding != "none" else {}
+    return plan(sample.prompt, features, store, layout_hash, num_scales=num_scales), tensors
+
+
+def _num_scales(
+    features: Mapping[str, tuple[str, tuple[int, ...]]], encoding: str, layers: Mapping[str, int]
+) -> dict[str, int]:
+    """Of each token, by name: one a layer."""
+    for name, (dtype, shape) in features.items():
+        if dtype not in FP8_DTYPES or len(shape) != 2:
+            raise ValueError(
+                f"Sample.features[{name!r}]: wanted [tokens, width], one of "
+                f"{', '.join(FP8_DTYPES)}, for encoding {encoding}, got {list(shape)} {dtype}"
+            )
+        if name not in layers:
+            raise ValueError(
+                f"layers[{name!r}]: wanted the number of its layers for encoding {encoding}, "
+                f"got those of {sorted(layers)}"
+            )
+    return {name: layers[name] for name in features}
+
+
 def plan(
     prompt: Prompt,
     features: Mapping[str, tuple[str, tuple[int, ...]]],
     store: str,
     layout_hash: str,
+    *,
+    num_scales: Mapping[str, int],
 ) -> SampleRef:
     """The sample's ref but for slot, generation and checksums. ValueError if it cannot be read."""
     shapes = {
@@ -98,7 +165,8 @@ def plan(
         "loss_mask": ("uint8", (len(prompt),)),
         **features,
     }
-    tensors = plan_tensors((name, dtype, shape) for name, (dtype, shape) in shapes.items())
+    named = [(name, dtype, shape) for name, (dtype, shape) in shapes.items()]
+    tensors = plan_tensors(named, num_scales=num_scales)
     ref = SampleRef(
         sample_id=prompt.sample_id,
         store=store,
@@ -106,11 +174,17 @@ def plan(
         generation=1,
         layout_hash=layout_hash,
         num_tokens=len(prompt),
-        nbytes=tensors[-1].offset + tensors[-1].nbytes,
+        nbytes=tensors[-1].end,
         tensors=tensors,
     )
     check_ref(ref)
     return ref
+
+
+def feature_bytes(ref: SampleRef) -> int:
+    """Of a sample's extent, what is not the prompt's: as encoded, with scales."""
+    features = [t for t in ref.tensors if t.name not in ("input_ids", "loss_mask")]
+    return sum(t.nbytes + t.scales_nbytes for t in features)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -121,14 +195,69 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def write_into(
     slot: _C.ArenaReservation, planned: SampleRef, tensors: Mapping[str, Tensor], *, checksum: bool
 ) -> tuple[TensorRef, ...]:
-    """Copy a planned sample into memory; its tensors' refs, with crc32c if `checksum`."""
-    return tuple(
-        TensorRef(
-            *(t.name, t.dtype, t.shape, t.offset, t.nbytes, t.encoding),
-            checksum=slot.write(t.offset, raw_bytes(tensors[t.name]), checksum),
+    """Copy a planned sample into memory; its tensors' refs, with crc32c if `checksum`.
+
+    ValueError if values that are to be encoded are not finite.
+    """
+    copied("put", feature_bytes(planned))
+    return tuple(_write(slot, t, tensors[t.name], checksum) for t in planned.tensors)
+
+
+def _write(slot: _C.ArenaReservation, ref: TensorRef, tensor: Tensor, checksum: bool) -> TensorRef:
+    if ref.encoding == "none":
+        return replace(ref, checksum=slot.write(ref.offset, raw_bytes(tensor), checksum))
+    return encode(ref, tensor, _encoded_view(slot, ref), checksum=checksum)
+
+
+def copy_into(
+    extent: TensorExtent, planned: SampleRef, tensors: Mapping[str, Tensor], *, checksum: bool
+) -> tuple[TensorRef, ...]:
+    """As `write_into`, on the current stream of the extent's device: copies may be queued still."""
+    return tuple(_copy(extent, t, tensors[t.name], checksum) for t in planned.tensors)
+
+
+def _copy(extent: TensorExtent, ref: TensorRef, tensor: Tensor, checksum: bool) -> TensorRef:
+    if ref.encoding != "none":
+        here = tensor.to(extent.whole.device)
+        return encode(ref, here, _encoded_view(extent, ref), checksum=checksum)
+    into = _view(extent, ref.offset, DTYPES[ref.dtype], ref.shape)
+    into.copy_(tensor, non_blocking=True)
+    return replace(ref, checksum=extent.crc32c(ref.offset, ref.nbytes)) if checksum else ref
+
+
+def encode(ref: TensorRef, tensor: Tensor, into: EncodedFeature, *, checksum: bool) -> TensorRef:
+    """Write a feature's codes and scales; its ref with crc32c of both, if `checksum`."""
+    try:
+        rows = ops.fp8_pack(
+            tensor.detach().contiguous(),
+            layers=ref.num_scales,
+            checksum=checksum,
+            out=(into.codes, into.scales),
         )
-        for t in planned.tensors
+    except ValueError as error:
+        raise ValueError(f"Sample.features[{ref.name!r}]: {error}") from None
+    return replace(ref, checksum=rows.crc)
+
+
+def room_for(ref: TensorRef) -> EncodedFeature:
+    """Memory of its own for an encoded feature."""
+    return EncodedFeature(
+        codes=torch.empty(ref.shape, dtype=torch.uint8),
+        scales=torch.empty(ref.shape[0], ref.num_scales),
+        dtype=DTYPES[ref.dtype],
     )
+
+
+def decoded(sample: StoredSample) -> Sample:
+    """With plain tensors: a new one for each feature that was encoded, the others are its own."""
+    return Sample(sample.prompt, {name: _decoded(f) for name, f in sample.features.items()})
+
+
+def _decoded(feature: Tensor | EncodedFeature) -> Tensor:
+    if isinstance(feature, Tensor):
+        return feature
+    rows = ops.Fp8Rows(feature.codes, feature.scales, crc=None)
+    return ops.fp8_unpack(rows, dtype=feature.dtype)
 
 
 def expect_ref(ref: SampleRef, *, store: str) -> None:
@@ -164,19 +293,49 @@ def _bad_sum(extent: Extent, tensor: TensorRef) -> str | None:
     if tensor.checksum is None:
         return f"{tensor.name}: wanted a checksum to verify, the ref has none"
     came = extent.crc32c(tensor.offset, tensor.nbytes)
+    if tensor.num_scales:
+        scales_crc = extent.crc32c(tensor.scales_offset, tensor.scales_nbytes)
+        came = _C.crc32c_combine(came, scales_crc, tensor.scales_nbytes)
     if came == tensor.checksum:
         return None
     return f"{tensor.name}: wanted crc32c {tensor.checksum:08x}, got {came:08x}"
 
 
 def views(extent: object, ref: SampleRef) -> dict[str, Tensor]:
-    """Every tensor of a sample, without a copy; each keeps the extent."""
-    return {tensor.name: _view(extent, tensor) for tensor in ref.tensors}
+    """Every tensor of a sample of encoding none, without a copy; each keeps the extent."""
+    return {t.name: _view(extent, t.offset, DTYPES[t.dtype], t.shape) for t in ref.tensors}
 
 
-def _view(extent: object, ref: TensorRef) -> Tensor:
-    dtype = DTYPES[ref.dtype]
-    if ref.nbytes == 0:
-        return torch.empty(ref.shape, dtype=dtype)  # frombuffer refuses to see nothing
-    count = ref.nbytes // dtype.itemsize
-    return torch.frombuffer(extent, dtype=dtype, count=count, offset=ref.offset).view(ref.shape)
+def stored_sample(extent: object, ref: SampleRef) -> StoredSample:
+    """Views of all that a sample holds; of a TensorExtent, the prompt is a copy on the CPU."""
+    plain = [tensor for tensor in ref.tensors if tensor.encoding == "none"]
+    tensors = views(extent, replace(ref, tensors=tuple(plain)))
+    own = isinstance(extent, TensorExtent)
+    ids, mask = (tensors.pop(name).to("cpu", copy=own) for name in ("input_ids", "loss_mask"))
+    prompt = Prompt(ref.sample_id, ids, mask)
+    return StoredSample(
+        prompt,
+        {
+            t.name: tensors[t.name] if t.name in tensors else _encoded_view(extent, t)
+            for t in ref.tensors
+            if t.name not in ("input_ids", "loss_mask")
+        },
+    )
+
+
+def _encoded_view(extent: object, ref: TensorRef) -> EncodedFeature:
+    scales_shape = (ref.shape[0], ref.num_scales)
+    return EncodedFeature(
+        codes=_view(extent, ref.offset, torch.uint8, ref.shape),
+        scales=_view(extent, ref.scales_offset, torch.float32, scales_shape),
+        dtype=DTYPES[ref.dtype],
+    )
+
+
+def _view(extent: object, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    if isinstance(extent, TensorExtent):
+        return extent.whole[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)  # frombuffer refuses to see nothing
+    return torch.frombuffer(extent, dtype=dtype, count=count, offset=offset).view(shape)

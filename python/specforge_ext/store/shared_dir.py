@@ -15,12 +15,12 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import Field
 
-from specforge_ext.config import Config
 from specforge_ext.records import Sample, SampleRef
 from specforge_ext.store import payload
 from specforge_ext.store import shared_dir_files as files
@@ -28,6 +28,7 @@ from specforge_ext.store.base import (
     Capabilities,
     ProducerLost,
     StaleRef,
+    StoreConfig,
     StoreError,
     StoreFull,
     TransferTimeout,
@@ -40,18 +41,15 @@ LOOK_EVERY_S = (0.002, 0.05)
 """A writer that waits for room looks so often, at first and in the end: files wake nobody."""
 
 
-class SharedDirConfig(Config):
+class SharedDirConfig(StoreConfig):
     """directory: where the writer makes its folder; readers must see it under the same path. None:
         one in the system's temporary directory, for a run on one host.
     capacity_bytes: payload that may lie there at the same time. max_slots: samples.
-    checksum: compute a crc32c of every tensor while it is written. Without one, readers cannot
-        verify (stream.verify: off).
     """
 
     directory: Path | None = None
     capacity_bytes: int = Field(default=256 << 20, gt=0)
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
-    checksum: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,17 +109,26 @@ class SharedDirWriter:
     def capacity_bytes(self) -> int:
         return self._config.capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """Write a sample's file and rename it into place. Waits for readers to remove others.
 
-        features[name]: [S, width], any of DTYPES, CPU. ValueError for other tensors; StoreFull at
-        once if it can never fit; TransferTimeout if readers free no room in `timeout_s`;
-        StoreError if the disk is full.
+        See `StoreWriter.put` for `sample`, `layers` and errors; StoreError if the disk is full.
         """
         self._expect_open()
-        tensors = payload.tensors_of(sample)
-        shapes = payload.shapes_of(tensors)
-        planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
+        planned, tensors = payload.plan_sample(
+            sample,
+            store=self._store,
+            layout_hash=layout_hash,
+            encoding=self._config.encoding,
+            layers=layers,
+        )
         slot, generation = self._wait_for_room(planned.nbytes, timeout_s)
         planned = replace(planned, slot=slot, generation=generation)
         path = self._folder / files.name_of(planned)

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from specforge_ext import _C
+from specforge_ext.copies import copied
 from specforge_ext.records import SampleRef, TensorRef
 from specforge_ext.store import payload
 from specforge_ext.store.base import ProducerLost, StaleRef, StoreError
@@ -139,17 +140,19 @@ def remove(folder: Path, ref: SampleRef) -> None:
 def write(
     path: Path, planned: SampleRef, tensors: Mapping[str, Tensor], *, checksum: bool
 ) -> tuple[TensorRef, ...]:
-    """The whole file under another name first: no reader ever finds a part of it."""
+    """The whole file under another name first: no reader ever finds a part of it.
+
+    ValueError if values that are to be encoded are not finite.
+    """
     partial = path.with_name(f".{path.name}")
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     written = []
     try:
         try:
+            copied("put", payload.feature_bytes(planned))
             os.ftruncate(fd, planned.nbytes)  # the gaps between tensors stay holes
             for tensor in planned.tensors:
-                data = payload.raw_bytes(tensors[tensor.name])
-                _write_at(fd, data, tensor.offset)
-                written.append(replace(tensor, checksum=_C.crc32c(data) if checksum else None))
+                written.append(_write_tensor(fd, tensor, tensors[tensor.name], checksum))
         finally:
             os.close(fd)
         partial.rename(path)
@@ -159,6 +162,19 @@ def write(
             raise StoreError(f"{path.parent}: no room on the disk: {error}") from None
         raise
     return tuple(written)
+
+
+def _write_tensor(fd: int, ref: TensorRef, tensor: Tensor, checksum: bool) -> TensorRef:
+    if ref.encoding != "none":
+        feature = payload.room_for(ref)
+        written = payload.encode(ref, tensor, feature, checksum=checksum)
+        copied("encode", ref.nbytes + ref.scales_nbytes)
+        _write_at(fd, payload.raw_bytes(feature.codes), ref.offset)
+        _write_at(fd, payload.raw_bytes(feature.scales), ref.scales_offset)
+        return written
+    data = payload.raw_bytes(tensor)
+    _write_at(fd, data, ref.offset)
+    return replace(ref, checksum=_C.crc32c(data) if checksum else None)
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -7,37 +7,44 @@ copy. S is the number of tokens of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.config import Config
 from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import payload
-from specforge_ext.store.base import Capabilities, StoreError
+from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, StoreFull
+from specforge_ext.store.page_lock import PageLockMode, lock_pages
+
+PAGE_LOCK = "#page_lock="
+"""In an address: what follows is for the reader itself."""
 
 CAPABILITIES = Capabilities(
     kind="shm", protocol="memory", zero_copy=True, across_hosts=False, outlives_producer=True
 )
+PAGE_BYTES = 4096
+"""Room is taken in whole pages, at least one a sample (csrc/transport/extents.h)."""
 
 
-class ShmConfig(Config):
+class ShmConfig(StoreConfig):
     """capacity_bytes: payload of the arena, allocated and touched at once when it is opened.
     max_slots: samples that may lie in it at the same time.
-    checksum: compute a crc32c of every tensor while it is copied in. Without one, readers cannot
-        verify (stream.verify: false).
     high_watermark, low_watermark: shares of the capacity. Samples wait once they would lift what is
         used above the first, until no more than the second is used: no hysteresis where equal.
+    page_lock: have readers register the payload with CUDA, so that copies to the GPU are
+        asynchronous: where they use CUDA (auto), always (on: an error where it cannot be), never.
     socket_path: where readers in other pid namespaces (containers) are let in, in a directory of
         this user's with mode 0700. None: through /proc only.
     """
 
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
-    checksum: bool = True
     high_watermark: float = Field(default=1.0, gt=0, le=1)
     low_watermark: float = Field(default=1.0, gt=0, le=1)
+    page_lock: PageLockMode = "auto"
     socket_path: str | None = None
 
 
@@ -84,7 +91,8 @@ class ShmStore:
         """Attach to a writer's `address()`, on the same host and as the same user.
 
         ProducerLost if it has ended or closed its arena; StoreError if 16 readers are attached
-        already; ValueError if the address does not lead to an arena of this user.
+        already, or its pages cannot be locked though page_lock is on; ValueError if the address
+        does not lead to an arena of this user.
         """
         return ShmReader(address)
 
@@ -93,7 +101,7 @@ class ShmWriter:
     """Any thread may put. Not usable in a forked child."""
 
     def __init__(self, config: ShmConfig) -> None:
-        self._checksum = config.checksum
+        self._config = config
         self._open_arena: _C.ArenaProducer | None = _C.ArenaProducer(
             config.capacity_bytes,
             config.max_slots,
@@ -114,31 +122,69 @@ class ShmWriter:
     def capacity_bytes(self) -> int:
         return self.health().capacity_bytes
 
-    def put(self, sample: Sample, *, layout_hash: str, timeout_s: float) -> SampleRef:
+    def put(
+        self,
+        sample: Sample,
+        *,
+        layout_hash: str,
+        timeout_s: float,
+        layers: Mapping[str, int] | None = None,
+    ) -> SampleRef:
         """Copy a sample in and publish it; waits for room outside the GIL.
 
-        features[name]: [S, width], any of DTYPES, CPU. ValueError for other tensors; StoreFull at
-        once if it can never fit; TransferTimeout if readers free no room in `timeout_s`.
+        See `StoreWriter.put` for `sample`, `layers` and errors. Encodes straight into the arena.
         """
-        tensors = payload.tensors_of(sample)
-        shapes = payload.shapes_of(tensors)
-        planned = payload.plan(sample.prompt, shapes, self._store, layout_hash)
+        planned, tensors = payload.plan_sample(
+            sample,
+            store=self._store,
+            layout_hash=layout_hash,
+            encoding=self._config.encoding,
+            layers=layers,
+        )
         slot = self._arena.acquire(planned.nbytes, timeout_s)
         try:
-            written = payload.write_into(slot, planned, tensors, checksum=self._checksum)
+            written = payload.write_into(slot, planned, tensors, checksum=self._config.checksum)
             slot.publish()
         finally:
             if slot.is_open:
                 slot.abort()
         return replace(planned, slot=slot.slot, generation=slot.generation, tensors=written)
 
+    @property
+    def writes_in_place(self) -> bool:
+        return self._config.encoding == "none"
+
+    def expect_room(self, prompts: Sequence[Prompt], layout: FeatureLayout) -> None:
+        """StoreFull if these samples could never be reserved together; StoreError for too many."""
+        if len(prompts) > self._config.max_slots:
+            raise StoreError(
+                f"request of {len(prompts)} samples does not fit a store of "
+                f"{self._config.max_slots} slots (store.max_slots)"
+            )
+        sizes = [self._plan(prompt, layout).nbytes for prompt in prompts]
+        needed = sum(max(1, -(-size // PAGE_BYTES)) * PAGE_BYTES for size in sizes)
+        # The mark holds for all but the first sample in an empty arena.
+        share = self._config.high_watermark if len(prompts) > 1 else 1.0
+        if needed > (available := int(share * self.capacity_bytes)):
+            raise StoreFull(needed, available, f"request ({len(prompts)} samples)")
+
     def reserve(self, prompt: Prompt, layout: FeatureLayout, *, timeout_s: float) -> ShmReservation:
-        """Room for a sample whose features the caller writes. StoreFull, TransferTimeout."""
-        num_tokens = len(prompt)
-        shapes = {spec.name: (spec.dtype, (num_tokens, spec.width)) for spec in layout.features}
-        planned = payload.plan(prompt, shapes, self._store, layout.hash)
+        """Room for a sample whose features the caller writes. StoreFull, TransferTimeout.
+
+        ValueError from a store with an encoding: there is nothing yet to be encoded.
+        """
+        if not self.writes_in_place:
+            raise ValueError(
+                "store.encoding: wanted none for features that are written in place, "
+                f"got {self._config.encoding}: put them"
+            )
+        planned = self._plan(prompt, layout)
         slot = self._arena.acquire(planned.nbytes, timeout_s)
-        return ShmReservation(slot, planned, prompt, checksum=self._checksum)
+        return ShmReservation(slot, planned, prompt, checksum=self._config.checksum)
+
+    def _plan(self, prompt: Prompt, layout: FeatureLayout) -> SampleRef:
+        shapes = {spec.name: (spec.dtype, (len(prompt), spec.width)) for spec in layout.features}
+        return payload.plan(prompt, shapes, self._store, layout.hash, num_scales={})
 
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more: as a reader's `ack`. StaleRef."""
@@ -177,9 +223,11 @@ class ShmWriter:
         return CAPABILITIES
 
     def address(self) -> str:
-        """What `ShmStore.reader` wants: "shm:PID:START:FD:EPOCH" or "shm:unix:PATH:EPOCH"."""
-        arena = self._arena
-        return self._socket_address or arena.address
+        """What `ShmStore.reader` wants: "shm:PID:START:FD:EPOCH" or "shm:unix:PATH:EPOCH", and
+        "#page_lock=MODE" unless that is auto."""
+        arena, mode = self._arena, self._config.page_lock
+        address = self._socket_address or arena.address
+        return address if mode == "auto" else f"{address}{PAGE_LOCK}{mode}"
 
     def close(self) -> None:
         """No more samples, no more readers. Readers that are attached keep what was published."""
@@ -204,13 +252,14 @@ class ShmReservation:
 
     def publish(self) -> SampleRef:
         """Make the sample readable. ValueError if that, or `abort`, was done before."""
-        tensors = self._planned.tensors
+        ref = self._planned
         if self._checksum:
             crc32c = self._slot.crc32c
-            tensors = tuple(replace(t, checksum=crc32c(t.offset, t.nbytes)) for t in tensors)
+            tensors = (replace(t, checksum=crc32c(t.offset, t.nbytes)) for t in ref.tensors)
+            ref = replace(ref, tensors=tuple(tensors))
         self._slot.publish()
         self.features = {}
-        return replace(self._planned, tensors=tensors)
+        return ref
 
     def abort(self) -> None:
         """Give the room back. ValueError if that, or `publish`, was done before."""
@@ -221,12 +270,18 @@ class ShmReservation:
 class ShmReader:
     """Any thread may open and acknowledge. Not usable in a forked child.
 
-    Samples that were published stay readable when the producer dies.
+    Samples that were published stay readable when the producer dies. page_locked: a GPU reads the
+    views by itself. A view, or its lease, has to be kept until a copy that was queued is over.
     """
 
     def __init__(self, address: str) -> None:
+        address, mode = split_address(address)
         self._open_arena: _C.ArenaConsumer | None = _C.ArenaConsumer(address)
         self._store = _store_id(self._arena.epoch)
+        unlock = lock_pages(mode, *self._arena.regions[1], what=self._store)
+        self.page_locked = unlock is not None
+        if unlock is not None:
+            self._arena.before_unmap(unlock)
 
     @property
     def _arena(self) -> _C.ArenaConsumer:
@@ -262,6 +317,17 @@ class ShmReader:
     def close(self) -> None:
         """Leave the arena; it stays mapped while leases or views of it live."""
         self._open_arena = None
+
+
+def split_address(address: str) -> tuple[str, PageLockMode]:
+    """The arena's own address, and the mode of page_lock. ValueError for an unknown mode."""
+    arena, mark, mode = address.partition(PAGE_LOCK)
+    if mark and mode not in get_args(PageLockMode):
+        raise ValueError(
+            f"shm: address must end with {PAGE_LOCK} and one of {get_args(PageLockMode)}, "
+            f"got {address[-32:]!r}"
+        )
+    return arena, cast(PageLockMode, mode or "auto")
 
 
 def _store_id(epoch: int) -> str:

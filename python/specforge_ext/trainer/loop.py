@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specforge_ext.config import defaults
 from specforge_ext.methods.base import Method
 from specforge_ext.trainer import rng
 from specforge_ext.trainer.checkpoint import Checkpointer, Meta, read_meta
@@ -57,7 +58,8 @@ class Trainer:
 
     draft: on the world's device, float32, equal on every rank; it is sharded in place.
     identity: JSON values that a run that resumes must share (recipe, hash of the data plan, ...);
-    the trainer adds its own. Writes metrics.jsonl, tensorboard/ and checkpoints/ into output_dir.
+    the trainer adds its own. identity_defaults: what a checkpoint of an older version, which lacks
+    a value, stands for. Writes metrics.jsonl, tensorboard/ and checkpoints/ into output_dir.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Trainer:
         output_dir: Path,
         world: World,
         identity: Mapping[str, Any] | None = None,
+        identity_defaults: Mapping[str, Any] | None = None,
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -83,6 +86,7 @@ class Trainer:
             "total_steps": self.total_steps,
             "trainer": config.model_dump(mode="json", include=set(NUMERIC_FIELDS)),
         }
+        self._identity_defaults = {**(identity_defaults or {}), "trainer": defaults(TrainerConfig)}
         units = list(method.shard_units(draft))
         if config.compile:
             compile_units(draft, units)
@@ -194,7 +198,8 @@ class Trainer:
         path = self._checkpointer.choose(self._config.checkpoint.resume)
         if path is None:
             return _RunState(self._config.headline_metric)
-        check_identity(path, dict(read_meta(path).identity), self._identity)
+        theirs = dict(read_meta(path).identity)
+        check_identity(path, theirs, self._identity, when_absent=self._identity_defaults)
         meta = self._checkpointer.load(path, self._tensors())
         self._optimizer.updates = meta.updates
         if meta.world_size != self._world.size and self._world.rank == 0:
@@ -251,13 +256,22 @@ class _RunState:
         return float(entries.mean()) if entries.numel() else None
 
 
-def check_identity(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """ValueError names the first thing in which two runs differ. Tuples and lists are the same."""
-    theirs, ours = json.loads(json.dumps(theirs)), json.loads(json.dumps(ours))
+def check_identity(
+    path: Path,
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    *,
+    when_absent: Mapping[str, Any] | None = None,
+) -> None:
+    """ValueError names the first thing in which two runs differ. Tuples and lists are the same.
+
+    when_absent: what stands where `theirs`, of a version that did not know it, has nothing.
+    """
+    theirs, ours, absent = (json.loads(json.dumps(x)) for x in (theirs, ours, when_absent or {}))
     for key in [*ours, *(key for key in theirs if key not in ours)]:
-        mine, other = ours.get(key), theirs.get(key)
+        mine, other = ours.get(key), theirs.get(key, absent.get(key))
         if isinstance(mine, dict) and isinstance(other, dict):
-            check_identity(path, other, mine)
+            check_identity(path, other, mine, when_absent=absent.get(key) or {})
         elif mine != other:
             raise ValueError(
                 f"{path}: is of another run: wanted {key} = {mine!r}, got {other!r}; restore it or "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from specforge_ext.copies import Stage
 from specforge_ext.trainer.config import TrainerConfig
 from specforge_ext.trainer.step import StepReport
 from specforge_ext.trainer.sums import report
@@ -23,29 +25,52 @@ class Clock:
         self._start_s = time.perf_counter()
         self._tokens = 0
         self._wait_s = 0.0
+        self._delivered_bytes = 0
+        self._copied: Counter[Stage] = Counter()
 
     def count(self, step: StepReport) -> None:
         self._tokens += step.tokens
         self._wait_s += step.wait_s
+        self._delivered_bytes += step.delivered_bytes
+        self._copied.update(step.copied)
 
-    def lap(self) -> dict[str, float]:
-        """tokens_per_s (all ranks) and data_wait_share (0..1) since the last lap."""
+    def lap(self) -> dict[str, float | None]:
+        """tokens_per_s (all ranks), data_wait_share (0..1) and `transfer_of` since the last lap."""
         now = time.perf_counter()
         elapsed = max(now - self._start_s, 1e-9)
-        out = {
+        out: dict[str, float | None] = {
             "tokens_per_s": self._tokens / elapsed,
             "data_wait_share": min(self._wait_s / elapsed, 1.0),
+            **transfer_of(self._delivered_bytes, self._copied),
         }
         self._start_s, self._tokens, self._wait_s = now, 0, 0.0
+        self._delivered_bytes, self._copied = 0, Counter()
         return out
 
 
-def metrics_line(step: StepReport, rates: Mapping[str, float]) -> dict[str, Any]:
+def transfer_of(delivered_bytes: int, copied: Mapping[Stage, int]) -> dict[str, float | None]:
+    """What the delivered features (bytes, all ranks) cost in bytes copied, in total and by stage.
+
+    Ratios are null where nothing was delivered. What was copied for a sample that is skipped
+    counts, and so does what is copied again.
+    """
+
+    def per_byte(nbytes: int) -> float | None:
+        return nbytes / delivered_bytes if delivered_bytes else None
+
+    return {
+        "transfer/bytes_delivered": delivered_bytes,
+        "transfer/bytes_copied_per_byte": per_byte(sum(copied.values())),
+        **{f"transfer/copied_per_byte/{stage}": per_byte(n) for stage, n in copied.items()},
+    }
+
+
+def metrics_line(step: StepReport, rates: Mapping[str, float | None]) -> dict[str, Any]:
     """What is written about a step: `step` counts from 1, so it is the number of steps done.
 
     loss: nats, global mean of this step, null where its weight was 0. tokens, samples: of this
-    step, all ranks. peak_rss_bytes: of rank 0. time: seconds since 1970. Then the method's own
-    metrics.
+    step, all ranks. rates: of a `Clock`. peak_rss_bytes: of rank 0. time: seconds since 1970. Then
+    the method's own metrics.
     """
     return {
         "step": step.step + 1,

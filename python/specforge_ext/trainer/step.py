@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from specforge_ext.copies import STAGES, Stage, counting
 from specforge_ext.methods.base import Method
-from specforge_ext.records import PackedBatch, StepLoss
+from specforge_ext.records import PackedBatch, StepContext, StepLoss
 from specforge_ext.trainer.config import TrainerConfig
 from specforge_ext.trainer.data import StepData
 from specforge_ext.trainer.distributed import World
 from specforge_ext.trainer.optim import ShardedAdamW
+from specforge_ext.trainer.prefetch import DevicePrefetcher
 from specforge_ext.trainer.schedule import learning_rate
 from specforge_ext.trainer.sharding import Shards
 from specforge_ext.trainer.sums import MetricSums
@@ -44,6 +47,7 @@ class StepReport:
     step: index, from 0. loss: nats, mean by weight; None where `skipped`, because the weight is 0.
     grad_norm: of the mean gradient, before clipping. wait_s: mean over ranks.
     sums, ratios: see MetricSums. stop: a rank was asked to stop.
+    delivered_bytes, copied: bytes of features, and those copied for them by stage (copies.py).
     """
 
     step: int
@@ -58,10 +62,12 @@ class StepReport:
     stop: bool
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     ratios: Mapping[str, str] = field(default_factory=dict)
+    delivered_bytes: int = 0
+    copied: Mapping[Stage, int] = field(default_factory=dict)
 
 
 class _Slot(IntEnum):
-    """Places in the vector that the ranks sum at the end of a step."""
+    """Places in the vector that the ranks sum at the end of a step; the stages of copies follow."""
 
     LOSS = 0
     WEIGHT = 1
@@ -72,15 +78,17 @@ class _Slot(IntEnum):
     WAIT_S = 6
     STOP = 7
     UNKNOWN_METRICS = 8
+    DELIVERED_BYTES = 9
 
 
 @dataclass(frozen=True)
 class _Local:
-    """This rank's part. losses, weights: [micro-batches] float64 on the CPU."""
+    """This rank's part. losses, weights: [micro-batches] float64 on the CPU. copied: bytes."""
 
     losses: Tensor
     weights: Tensor
     grad_squares: float
+    copied: Counter[Stage]
 
 
 class TrainStep:
@@ -103,6 +111,7 @@ class TrainStep:
         self._config = config
         self._total_steps = total_steps
         self._metrics = MetricSums(world)
+        self._prefetcher = DevicePrefetcher(world.device)
 
     def run(self, data: StepData, *, stop: Callable[[], bool] = lambda: False) -> StepReport:
         """Train on this rank's part of a step.
@@ -135,27 +144,32 @@ class TrainStep:
             stop=bool(total[_Slot.STOP]),
             sums=sums,
             ratios=self._metrics.ratios,
+            delivered_bytes=int(total[_Slot.DELIVERED_BYTES]),
+            copied={s: int(n) for s, n in zip(STAGES, total[len(_Slot) :], strict=True) if n},
         )
 
     def _forward_backward(self, data: StepData) -> _Local:
         """Leaves the gradients of the sum over all ranks in the shards."""
         self._shards.gather()
         losses, weights = [], []
-        for batch in data.micro_batches:
-            loss = self._micro_batch(batch)
-            losses.append(loss.loss_sum.detach())
-            weights.append(loss.weight_sum.detach())
-            self._metrics.add(loss)
+        at = StepContext(step=data.step, total_steps=self._total_steps, seed=self._config.seed)
+        with counting() as here:
+            for batch in self._prefetcher.batches(data):
+                loss = self._micro_batch(batch, at)
+                losses.append(loss.loss_sum.detach())
+                weights.append(loss.weight_sum.detach())
+                self._metrics.add(loss)
         self._shards.reduce_gradients()
         return _Local(
             losses=_to_host(losses),
             weights=_to_host(weights),
             grad_squares=_squares(self._optimizer.gradients()),
+            copied=here + Counter(data.copied),
         )
 
-    def _micro_batch(self, batch: PackedBatch) -> StepLoss:
+    def _micro_batch(self, batch: PackedBatch, at: StepContext) -> StepLoss:
         with self._autocast():
-            loss = self._method.step(self._shards.draft, batch.to(self._world.device))
+            loss = self._method.step(self._shards.draft, batch, at)
         # Without a scored token a method may return a constant: nothing to go back through.
         if loss.loss_sum.requires_grad:
             loss.loss_sum.backward()  # type: ignore[no-untyped-call]
@@ -168,7 +182,7 @@ class TrainStep:
         return nullcontext()
 
     def _sum(self, local: _Local, data: StepData, *, stop: bool) -> list[float]:
-        mine = torch.zeros(len(_Slot), dtype=torch.float64)
+        mine = torch.zeros(len(_Slot) + len(STAGES), dtype=torch.float64)
         finite = torch.isfinite(local.losses) & torch.isfinite(local.weights)
         mine[_Slot.LOSS] = local.losses.sum()
         mine[_Slot.WEIGHT] = local.weights.sum()
@@ -179,6 +193,9 @@ class TrainStep:
         mine[_Slot.WAIT_S] = data.wait_s
         mine[_Slot.STOP] = float(stop)
         mine[_Slot.UNKNOWN_METRICS] = float(self._metrics.is_unknown())
+        mine[_Slot.DELIVERED_BYTES] = data.delivered_bytes
+        for place, stage in enumerate(STAGES, len(_Slot)):
+            mine[place] = local.copied[stage]
         return self._world.sum(mine, f"sums of step {data.step}").tolist()
 
     def _update(self, step: int, *, weight: float, grad_norm: float, lr: float) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from specforge_ext.config import Config
 from specforge_ext.records import TargetSpec
@@ -24,16 +24,23 @@ class Eagle3Config(Config):
         "reverse_kl", "jsd", "l1" (twice the total variation), or of acceptance: "lk_alpha", -log of
         the chance that the draft's token is accepted, and "lk_lambda", which goes from KL to
         acceptance as the mean acceptance A of a micro-batch's step grows (arXiv 2602.23881).
+    top_k, top_k_weight: with "soft_ce", add top_k_weight times the part of the cross entropy that
+        the target's top_k most likely words of the draft's vocabulary make (HASS, arXiv
+        2408.15766: 10 and 1). None: not added.
     temperature: divides the logits of draft and target in the loss.
     kl_scale, kl_decay: of lk_lambda; KL weighs kl_scale * exp(-kl_decay * A).
     denominator: what a micro-batch's loss sum is divided by (after summing over micro-batches).
         "scored": the rows scored at step 0. "all_positions_mean": samples times the longest sample,
         which is SpecForge's padded batch; acceptance then is, as there, a mean over the step's own
         rows, which depends on what is packed together.
-    warm_start: "none", or "target": the layer starts as the target's last decoder layer, the head
-    as
-        the rows of the target's head, and the first hidden state as the last of the features.
-    intermediate_size, num_heads, num_kv_heads, head_dim: of the draft's layer, counts.
+    warm_start: "none", or "target": the first layer starts as the target's last decoder layer, any
+        further one as the identity, the head as the rows of the target's head, and the first hidden
+        state as the last of the features (with fc_norm: normalised).
+    num_layers: decoder layers of the draft; the second and later ones are plain Llama layers.
+    fc_norm: normalise the features of each captured layer before they are fused. norm_output: the
+        next step starts from the normalised hidden state. Both together are EAGLE-3.1 (arXiv
+        2605.09992).
+    intermediate_size, num_heads, num_kv_heads, head_dim: of the draft's layers, counts.
     """
 
     ttt_length: Annotated[int, Field(ge=1, le=64)] = 7
@@ -45,12 +52,23 @@ class Eagle3Config(Config):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     kl_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     kl_decay: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Positive | None = None
+    top_k_weight: Annotated[float, Field(gt=0)] = 1.0
     denominator: Literal["scored", "all_positions_mean"] = "scored"
     warm_start: Literal["none", "target"] = "none"
     intermediate_size: Positive | None = None
     num_heads: Positive | None = None
     num_kv_heads: Positive | None = None
     head_dim: Positive | None = None
+    num_layers: Positive = 1
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k is not None and self.loss != "soft_ce":
+            raise ValueError(f"top_k: wanted loss 'soft_ce' beside it, got {self.loss!r}")
+        return self
 
 
 def engine_default_layer_ids(num_layers: int) -> tuple[int, int, int]:
@@ -72,7 +90,14 @@ def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
     return ids
 
 
-def aux_layer_ids(config: Eagle3Config, target: TargetSpec) -> tuple[int, ...]:
+class FusesLayers(Protocol):
+    """A config that may name the layers of its features."""
+
+    @property
+    def aux_layer_ids(self) -> tuple[int, ...] | None: ...
+
+
+def aux_layer_ids(config: FusesLayers, target: TargetSpec) -> tuple[int, ...]:
     """The features' layers, HF `hidden_states` indices. ValueError if they are not of the
     target.
     """

@@ -30,6 +30,10 @@ about.
 """
 LAYER_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 """Means the outputs of 0-based layers in SGLang, HF `hidden_states` indices (one more) in vLLM."""
+FURTHER_NORM_NAMES = ("input_layernorm", "hidden_norm")
+"""The norm before the attention of layers after the first: in vLLM (0.32), in SGLang (0.5.23). The
+other engine's key is there in both, and not used, so a checkpoint holds the norm under both names.
+"""
 
 Schema = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
@@ -42,9 +46,19 @@ def to_checkpoint(
         name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
         for name, parameter in draft.named_parameters()
     }
+    for name, alias in _norm_aliases(draft.config.num_layers).items():
+        tensors[alias] = tensors[name].clone()
     if draft.shape.draft_vocab_size < draft.shape.vocab_size:
         tensors["d2t"], tensors["t2d"] = draft.d2t.cpu().clone(), draft.t2d.cpu().clone()
-    config = _config(draft.shape, target, dtype)
+    config = base_config(draft.shape, target, dtype)
+    config["num_hidden_layers"] = draft.config.num_layers
+    options = {
+        "fc_norm": (draft.config.fc_norm, False),
+        "norm_output": (draft.config.norm_output, False),
+        "num_aux_hidden_states": (draft.shape.num_features, 3),
+    }
+    # Servers' defaults are left out, as in drafts that are older than these keys.
+    config |= {key: value for key, (value, default) in options.items() if value != default}
     config[OWN_KEY] = {
         "method": "eagle3",
         "aux_layer_ids": list(aux_layer_ids),
@@ -61,7 +75,7 @@ def engine_configs(
     {"": config} serves every engine when the draft uses the layers that engines take by default;
     otherwise {"sglang": ..., "vllm": ...}, because they read the key's ids differently.
     """
-    ids = _own_layer_ids(config)
+    ids = own_layer_ids(config)
     if ids == engine_default_layer_ids(num_target_layers):
         return {"": dict(config)}
     if ids[0] == 0:
@@ -80,13 +94,13 @@ def schema(config: Mapping[str, object]) -> Schema:
     ValueError names a key of the config that is missing or of the wrong kind.
     """
     hidden, ffn, draft_vocab = (
-        _count(config, key) for key in ("hidden_size", "intermediate_size", "draft_vocab_size")
+        count(config, key) for key in ("hidden_size", "intermediate_size", "draft_vocab_size")
     )
-    vocab, head_dim = _count(config, "vocab_size"), _count(config, "head_dim")
-    q = head_dim * _count(config, "num_attention_heads")
-    kv = head_dim * _count(config, "num_key_value_heads")
+    vocab, head_dim = count(config, "vocab_size"), count(config, "head_dim")
+    q = head_dim * count(config, "num_attention_heads")
+    kv = head_dim * count(config, "num_key_value_heads")
     shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, hidden * len(_own_layer_ids(config))),
+        "fc.weight": (hidden, hidden * len(own_layer_ids(config))),
         "midlayer.hidden_norm.weight": (hidden,),
         "midlayer.input_layernorm.weight": (hidden,),
         "midlayer.post_attention_layernorm.weight": (hidden,),
@@ -100,10 +114,41 @@ def schema(config: Mapping[str, object]) -> Schema:
         "norm.weight": (hidden,),
         "lm_head.weight": (draft_vocab, hidden),
     }
+    for i in range(1, count(config, "num_hidden_layers")):
+        shapes |= plain_layer_shapes(f"layers.{i}", hidden=hidden, ffn=ffn, q=q, kv=kv)
+    aliases = _norm_aliases(count(config, "num_hidden_layers"))
+    shapes |= dict.fromkeys(aliases.values(), (hidden,))
+    if _flag(config, "fc_norm"):
+        names = (f"fc_norm.{i}.weight" for i in range(len(own_layer_ids(config))))
+        shapes |= dict.fromkeys(names, (hidden,))
     keys: Schema = {name: (shape, None) for name, shape in shapes.items()}
     if draft_vocab < vocab:
         keys["d2t"], keys["t2d"] = ((draft_vocab,), torch.int64), ((vocab,), torch.bool)
     return keys
+
+
+def _norm_aliases(num_layers: int) -> dict[str, str]:
+    """Keys of our norms -> the other names that they are exported under."""
+    ours, theirs = FURTHER_NORM_NAMES
+    layers = range(1, num_layers)
+    return {f"layers.{i}.{ours}.weight": f"layers.{i}.{theirs}.weight" for i in layers}
+
+
+def plain_layer_shapes(
+    prefix: str, *, hidden: int, ffn: int, q: int, kv: int
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    return {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
 
 
 def from_checkpoint(
@@ -115,21 +160,31 @@ def from_checkpoint(
     """
     stored, spec = checkpoint.config, weights.spec
     for key, wanted in (("vocab_size", spec.vocab_size), ("hidden_size", spec.hidden_size)):
-        if _count(stored, key) != wanted:
+        if count(stored, key) != wanted:
             raise ValueError(f"config.json {key}: wanted the target's {wanted}, got {stored[key]}")
-    wanted_ids, ids = aux_layer_ids(config, spec), _own_layer_ids(stored)
+    wanted_ids, ids = aux_layer_ids(config, spec), own_layer_ids(stored)
     if ids != wanted_ids:
         raise ValueError(
             f"config.json {OWN_KEY}.aux_layer_ids: wanted {list(wanted_ids)}, got {list(ids)}"
         )
-    vocab = _vocab(checkpoint)
-    draft = Eagle3Draft(config, _shape(stored), weights, vocab)
+    for key, asked, came in (
+        ("num_hidden_layers", config.num_layers, count(stored, "num_hidden_layers")),
+        ("fc_norm", config.fc_norm, _flag(stored, "fc_norm")),
+        ("norm_output", config.norm_output, _flag(stored, "norm_output")),
+    ):
+        if came != asked:
+            raise ValueError(f"config.json {key}: wanted {asked}, got {came}")
+    for name, alias in _norm_aliases(config.num_layers).items():
+        if not torch.equal(checkpoint.tensors[name], checkpoint.tensors[alias]):
+            raise ValueError(f"{alias}: wanted the values of {name}, got others")
+    vocab = stored_vocab(checkpoint)
+    draft = Eagle3Draft(config, stored_shape(stored), weights, vocab)
     names = [name for name, _ in draft.named_parameters()]
     draft.load_state_dict({name: checkpoint.tensors[name].float() for name in names})
     return draft.to(weights.embed_tokens.device)
 
 
-def _config(shape: DraftShape, target: TargetSpec, dtype: torch.dtype) -> dict[str, object]:
+def base_config(shape: DraftShape, target: TargetSpec, dtype: torch.dtype) -> dict[str, object]:
     layer = shape.layer
     scaling = dict(shape.rope_scaling) if shape.rope_scaling else None
     rope_parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": shape.rope_theta}
@@ -160,41 +215,42 @@ def _config(shape: DraftShape, target: TargetSpec, dtype: torch.dtype) -> dict[s
     }
 
 
-def _shape(config: Mapping[str, object]) -> DraftShape:
+def stored_shape(config: Mapping[str, object]) -> DraftShape:
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, Mapping):
         raise ValueError(f"config.json rope_parameters: wanted a mapping, got {parameters!r}")
-    hidden = _count(config, "hidden_size")
+    hidden = count(config, "hidden_size")
     return DraftShape(
         layer=LayerShape(
             hidden_size=hidden,
-            intermediate_size=_count(config, "intermediate_size"),
-            num_heads=_count(config, "num_attention_heads"),
-            num_kv_heads=_count(config, "num_key_value_heads"),
-            head_dim=_count(config, "head_dim"),
+            intermediate_size=count(config, "intermediate_size"),
+            num_heads=count(config, "num_attention_heads"),
+            num_kv_heads=count(config, "num_key_value_heads"),
+            head_dim=count(config, "head_dim"),
             rms_norm_eps=_number(config, "rms_norm_eps"),
         ),
-        features_width=hidden * len(_own_layer_ids(config)),
-        vocab_size=_count(config, "vocab_size"),
-        draft_vocab_size=_count(config, "draft_vocab_size"),
+        features_width=hidden * len(own_layer_ids(config)),
+        num_features=len(own_layer_ids(config)),
+        vocab_size=count(config, "vocab_size"),
+        draft_vocab_size=count(config, "draft_vocab_size"),
         rope_theta=_number(parameters, "rope_theta"),
         rope_scaling={k: v for k, v in parameters.items() if k != "rope_theta"},
     )
 
 
-def _vocab(checkpoint: DraftCheckpoint) -> DraftVocab:
+def stored_vocab(checkpoint: DraftCheckpoint) -> DraftVocab:
     if "d2t" in checkpoint.tensors:
         vocab = DraftVocab(t2d=checkpoint.tensors["t2d"], d2t=checkpoint.tensors["d2t"])
         if not torch.equal(vocab.t2d.nonzero()[:, 0], vocab.target_ids):
             raise ValueError("d2t: wanted i + d2t[i] to be the ids where t2d is True, ascending")
         return vocab
-    size = _count(checkpoint.config, "vocab_size")
+    size = count(checkpoint.config, "vocab_size")
     return DraftVocab(
         t2d=torch.ones(size, dtype=torch.bool), d2t=torch.zeros(size, dtype=torch.int64)
     )
 
 
-def _own_layer_ids(config: Mapping[str, object]) -> tuple[int, ...]:
+def own_layer_ids(config: Mapping[str, object]) -> tuple[int, ...]:
     own = config.get(OWN_KEY)
     ids = own.get("aux_layer_ids") if isinstance(own, Mapping) else None
     if not isinstance(ids, (list, tuple)) or not ids or not all(type(i) is int for i in ids):
@@ -202,10 +258,17 @@ def _own_layer_ids(config: Mapping[str, object]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _count(config: Mapping[str, object], key: str) -> int:
+def count(config: Mapping[str, object], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or value <= 0:
         raise ValueError(f"config.json {key}: wanted a positive count, got {value!r}")
+    return value
+
+
+def _flag(config: Mapping[str, object], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json {key}: wanted true or false, got {value!r}")
     return value
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from specforge_ext.methods.eagle3.model import Eagle3Draft
+from specforge_ext.methods.eagle3.model import DraftShape
+from specforge_ext.nn.layer import DraftLayer, FusedInputLayer
+from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.records import DraftVocab, TargetWeights
 
 _STD = 0.02
@@ -16,8 +19,22 @@ _SMALL_STD = 1e-3
 """Of the part of fc that a warm start wants near zero."""
 
 
+class Draft(Protocol):
+    """What drafts of this kind have in common."""
+
+    shape: DraftShape
+    fc: nn.Linear
+    norm: RMSNorm
+    lm_head: nn.Linear
+
+    @property
+    def stack(self) -> tuple[DraftLayer, ...]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 @torch.no_grad()
-def init_random(draft: Eagle3Draft, *, seed: int) -> None:
+def init_random(draft: Draft, *, seed: int) -> None:
     """Matrices from N(0, 0.02), norms one. The same seed gives the same weights."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in draft.parameters():
@@ -28,16 +45,16 @@ def init_random(draft: Eagle3Draft, *, seed: int) -> None:
 
 
 @torch.no_grad()
-def init_from_target(
-    draft: Eagle3Draft, weights: TargetWeights, vocab: DraftVocab, *, seed: int
-) -> None:
+def init_from_target(draft: Draft, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> None:
     """Start as the target's last layer run on the last of the features, under the target's head.
 
-    The projections' embedding half starts at zero. A target's biases are left behind, and its norms
-    of queries and keys (Qwen 3) become row scales, right on average over directions of the input.
+    Layers after the first add nothing to the residual stream at the start. The projections'
+    embedding half starts at zero. A target's biases are left behind, and its norms of queries and
+    keys (Qwen 3) become row scales, right on average over directions of the input.
     ValueError if `weights.last_layer` lacks a tensor or one has another shape than the draft's.
     """
-    layer, hidden = draft.midlayer, draft.shape.layer.hidden_size
+    layer, hidden = draft.stack[0], draft.shape.layer.hidden_size
+    assert isinstance(layer, FusedInputLayer)
     init_random(draft, seed=seed)
     draft.fc.weight.mul_(_SMALL_STD / _STD)
     draft.fc.weight[:, -hidden:] = torch.eye(hidden)
@@ -52,6 +69,9 @@ def init_from_target(
         projection[:, :hidden] = 0
         source.copy(projection[:, hidden:], f"self_attn.{name}_proj.weight")
         source.fold_norm(projection[:, hidden:], name, head_dim=draft.shape.layer.head_dim)
+    for further in draft.stack[1:]:
+        further.self_attn.o_proj.weight.zero_()
+        further.mlp.down_proj.weight.zero_()
     draft.norm.weight.copy_(weights.final_norm)
     draft.lm_head.weight.copy_(weights.lm_head[vocab.target_ids.to(weights.lm_head.device)])
 

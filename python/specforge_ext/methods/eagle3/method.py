@@ -22,6 +22,7 @@ from specforge_ext.records import (
     FeatureSpec,
     PackedBatch,
     Prompt,
+    StepContext,
     StepLoss,
     TargetSpec,
     TargetWeights,
@@ -68,18 +69,18 @@ class Eagle3Method:
         return build_draft_vocab(counts, self.config.draft_vocab_size)
 
     def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """None: the one layer is used at every step of the forward, so FSDP2 gathers it with the
+        """None: a layer is used at every step of the forward, so FSDP2 gathers it with the
         root.
         """
         return ()
 
     def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """The feed-forward block: most of what a step keeps, [rows, intermediate] three times."""
-        return (_as_eagle3(draft).midlayer.mlp,)
+        """The feed-forward blocks: most of what a step keeps, [rows, intermediate] three times."""
+        return tuple(layer.mlp for layer in _as_eagle3(draft).stack)
 
-    def step(self, draft: nn.Module, batch: PackedBatch) -> StepLoss:
+    def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         """Metrics [L]: loss, accepted (sums over `rows`), correct (over `scored`: loss mask 1),
-        rows, scored.
+        rows, scored. Nothing is drawn, so `at` does not matter.
         """
         sums: TttSums = draft(
             batch.input_ids,
@@ -140,6 +141,7 @@ class Eagle3Method:
                 rms_norm_eps=target.rms_norm_eps,
             ),
             features_width=target.hidden_size * len(aux_layer_ids(config, target)),
+            num_features=len(aux_layer_ids(config, target)),
             vocab_size=target.vocab_size,
             draft_vocab_size=vocab.size,
             rope_theta=target.rope_theta,

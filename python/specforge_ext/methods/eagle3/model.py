@@ -12,31 +12,35 @@ size, F features' width, V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
 from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
 from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.nn.attention import OwnKeys, split_attention
-from specforge_ext.nn.layer import FusedInputLayer, LayerShape
+from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, LayerShape, PlainLayer
 from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
-from specforge_ext.ops import DraftLoss, draft_first_permutation, teacher_stats
+from specforge_ext.ops import DraftLoss
 from specforge_ext.records import DraftVocab, TargetWeights
 
 
 @dataclass(frozen=True)
 class DraftShape:
-    """Sizes of a draft. features_width: columns of `aux`; rope_scaling: as in HF configs."""
+    """Sizes of a draft. features_width: columns of `aux`, of num_features layers; rope_scaling: as
+    in HF configs.
+    """
 
     layer: LayerShape
     features_width: int
+    num_features: int
     vocab_size: int
     draft_vocab_size: int
     rope_theta: float
@@ -58,17 +62,25 @@ class TttSums(NamedTuple):
     labelled: Tensor
 
 
-class Teacher(NamedTuple):
-    """What the target says about the rows with loss mask 1.
+class FeatureNorm(nn.ModuleList):
+    """An RMSNorm of its own for the features of each captured layer (EAGLE-3.1, 2605.09992)."""
 
-    lse: [T] float32, nats, over the full vocabulary at the loss's temperature, 0 elsewhere.
-    mask: [T] uint8, CPU, 1 where the row counts. labelled: [T] bool, CPU, where the loss mask is 1
-    and the sample has a next row.
-    """
+    def __init__(self, shape: DraftShape) -> None:
+        eps = shape.layer.rms_norm_eps
+        widths = [shape.features_width // shape.num_features] * shape.num_features
+        super().__init__(RMSNorm(width, eps=eps) for width in widths)
 
-    lse: Tensor
-    mask: Tensor
-    labelled: Tensor
+    def forward(self, aux: Tensor) -> Tensor:
+        """[..., F] -> [..., F]."""
+        chunks = aux.chunk(len(self), dim=-1)
+        return torch.cat([norm(chunk) for norm, chunk in zip(self, chunks, strict=True)], dim=-1)
+
+
+class _LayerKeys(NamedTuple):
+    """What a layer's rows attend to: step-0 keys and values, and those of each later step."""
+
+    context: tuple[Tensor, Tensor]
+    own: list[tuple[Tensor, Tensor]]
 
 
 class Eagle3Draft(nn.Module):
@@ -90,13 +102,18 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config, self.shape = config, shape
         hidden = shape.layer.hidden_size
+        self.fc_norm = FeatureNorm(shape) if config.fc_norm else None
         self.fc = nn.Linear(shape.features_width, hidden, bias=False)
         self.midlayer = FusedInputLayer(shape.layer)
+        # Named as vLLM numbers them: the first layer is `midlayer`, alias `layers.0`.
+        self.layers = nn.ModuleDict(
+            {str(i): PlainLayer(shape.layer) for i in range(1, config.num_layers)}
+        )
         self.norm = RMSNorm(hidden, eps=shape.layer.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, shape.draft_vocab_size, bias=False)
         self.rope = Rope(shape.layer.head_dim, theta=shape.rope_theta, scaling=shape.rope_scaling)
         self.register_buffer("embed_tokens", weights.embed_tokens.detach(), persistent=False)
-        self.register_buffer("target_head", _draft_first(weights.lm_head, vocab), persistent=False)
+        self.register_buffer("target_head", draft_first(weights.lm_head, vocab), persistent=False)
         self.register_buffer("t2d", vocab.t2d, persistent=False)
         self.register_buffer("d2t", vocab.d2t, persistent=False)
 
@@ -132,43 +149,63 @@ class Eagle3Draft(nn.Module):
             labelled=labelled.to(aux.device),
         )
 
-    @torch.no_grad()
     def teacher(self, loss_mask: Tensor, last: Tensor, lengths: Sequence[int]) -> Teacher:
         """Reads `last` only where the loss mask of the position before is 1."""
-        labelled = loss_mask.cpu().bool() & ~_last_of_sample(lengths)
-        rows = labelled.nonzero()[:, 0].to(last.device)
-        hidden = last.index_select(0, rows + 1).to(self.target_head.dtype)
-        row_lse, argmax = teacher_stats(
-            hidden, self.target_head, temperature=self.config.temperature
+        return teacher_of(
+            loss_mask,
+            last,
+            lengths,
+            head=self.target_head,
+            draft_vocab_size=self.shape.draft_vocab_size,
+            temperature=self.config.temperature,
         )
-        lse = row_lse.new_zeros(loss_mask.shape[0]).index_copy_(0, rows, row_lse)
-        mask = labelled.to(torch.uint8)
-        mask[labelled] = (argmax < self.shape.draft_vocab_size).cpu().to(torch.uint8)
-        return Teacher(lse=lse, mask=mask, labelled=labelled)
+
+    @property
+    def stack(self) -> tuple[DraftLayer, ...]:
+        """The layers, first to last."""
+        return self.midlayer, *cast("Iterable[PlainLayer]", self.layers.values())
 
     def backbone(
         self, plan: TttPlan, input_ids: Tensor, positions: Tensor, aux: Tensor
     ) -> list[Tensor]:
-        """The hidden states of each step, [n_i, H], not normed."""
-        layer, attn = self.midlayer, self.midlayer.self_attn
-        hidden = self.fuse(aux.index_select(0, plan.context))
-        x = layer.inputs(self.embed(_tokens_at(input_ids, plan.context, 1)), hidden)
-        context = attn.key_value(x, self.rope.tables(positions[plan.context]))
-        own: list[tuple[Tensor, Tensor]] = []
-        states: list[Tensor] = []
-        for i, step in enumerate(plan.steps):
-            hidden = _select(hidden, step.parent)
+        """The last layer's output at each step, [n_i, H], not normed."""
+        hidden, keys = self._first_step(plan, input_ids, positions, aux)
+        states = [hidden]
+        for i, step in enumerate(plan.steps[1:], 1):
+            hidden = _select(self.carry(hidden), step.parent)
+            embedding = self.embed(tokens_at(input_ids, step.rows, 1 + i))
             tables = self.rope.tables(positions[step.rows] + i)
-            if i:
-                x = layer.inputs(self.embed(_tokens_at(input_ids, step.rows, 1 + i)), hidden)
-                own.append(attn.key_value(x, tables))
-            else:
-                x = _select(x, step.parent)
-            own_keys = [OwnKeys(k, v, r) for (k, v), r in zip(own, step.ancestors, strict=True)]
-            attended = split_attention(attn.query(x, tables), context, step.queries, own_keys)
-            hidden = layer.finish(hidden, attended)
+            for layer, (context, own) in zip(self.stack, keys, strict=True):
+                x = layer.inputs(embedding, hidden)
+                own.append(layer.self_attn.key_value(x, tables))
+                own_keys = [OwnKeys(k, v, r) for (k, v), r in zip(own, step.ancestors, strict=True)]
+                query = layer.self_attn.query(x, tables)
+                attended = split_attention(query, context, step.queries, own_keys)
+                hidden = layer.finish(hidden, attended)
             states.append(hidden)
         return states
+
+    def _first_step(
+        self, plan: TttPlan, input_ids: Tensor, positions: Tensor, aux: Tensor
+    ) -> tuple[Tensor, list[_LayerKeys]]:
+        """Every context row but in the last layer, there the step's rows. Output [n_0, H]."""
+        step = plan.steps[0]
+        hidden = self.fuse(aux.index_select(0, plan.context))
+        embedding = self.embed(tokens_at(input_ids, plan.context, 1))
+        tables = self.rope.tables(positions[plan.context])
+        keys: list[_LayerKeys] = []
+        for layer in self.stack:
+            x = layer.inputs(embedding, hidden)
+            keys.append(_LayerKeys(layer.self_attn.key_value(x, tables), []))
+            queries = plan.whole
+            if layer is self.stack[-1]:
+                hidden, x, queries = (
+                    _select(hidden, step.parent), _select(x, step.parent), step.queries
+                )  # fmt: skip
+                tables = self.rope.tables(positions[step.rows])
+            query = layer.self_attn.query(x, tables)
+            hidden = layer.finish(hidden, split_attention(query, keys[-1].context, queries, ()))
+        return hidden, keys
 
     def score(
         self,
@@ -195,8 +232,13 @@ class Eagle3Draft(nn.Module):
 
     def fuse(self, aux: Tensor) -> Tensor:
         """Features [..., F] -> the first hidden state [..., H]."""
-        out: Tensor = self.fc(aux.to(self.fc.weight.dtype))
+        aux = aux.to(self.fc.weight.dtype)
+        out: Tensor = self.fc(aux if self.fc_norm is None else self.fc_norm(aux))
         return out
+
+    def carry(self, hidden: Tensor) -> Tensor:
+        """A step's output [..., H] as the next step's input."""
+        return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Un-normed hidden states [..., H] -> [..., Vd]."""
@@ -204,32 +246,10 @@ class Eagle3Draft(nn.Module):
         return F.linear(normed.to(self.lm_head.weight.dtype), self.lm_head.weight)
 
 
-def _draft_first(head: Tensor, vocab: DraftVocab) -> Tensor:
-    """Rows of the head [V, H], the draft's tokens first, both parts in ascending order."""
-    if vocab.is_full:
-        return head.detach()
-    return head.detach().index_select(0, draft_first_permutation(vocab.t2d).to(head.device))
-
-
-def _last_of_sample(lengths: Sequence[int]) -> Tensor:
-    """[T] bool, CPU."""
-    out = torch.zeros(sum(lengths), dtype=torch.bool)
-    ends = torch.tensor([n for n in lengths if n], dtype=torch.int64).cumsum(0)
-    out[ends - 1] = True
-    return out
-
-
 def _labelled_per_step(labelled: Tensor, lengths: Sequence[int], ttt_length: int) -> Tensor:
     """[L] float64, CPU: the rows t with labelled[t + i] in the same sample, of each step i."""
     places = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])[labelled]
     return (places[:, None] >= torch.arange(ttt_length)).sum(0).double()
-
-
-def _tokens_at(input_ids: Tensor, rows: Tensor, shift: int) -> Tensor:
-    """Token ids `shift` after each row. Beyond the batch: the last one, for rows that score
-    nothing.
-    """
-    return input_ids.index_select(0, (rows + shift).clamp_max(input_ids.shape[0] - 1))
 
 
 def _select(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -58,7 +58,12 @@ def step_loss(
     config: Eagle3Config, rows: ScoredRows, plan: TttPlan, lengths: Sequence[int]
 ) -> DraftLoss:
     """Sum over rows and steps, to be divided by the config's denominator."""
-    row_loss = RowLoss(config.loss, temperature=config.temperature)
+    row_loss = RowLoss(
+        config.loss,
+        temperature=config.temperature,
+        top_k=config.top_k or 0,
+        top_k_weight=config.top_k_weight,
+    )
     decay = torch.tensor(
         [config.step_decay**i for i in range(config.ttt_length)], device=rows.student.device
     )

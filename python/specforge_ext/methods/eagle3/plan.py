@@ -3,7 +3,9 @@
 A row is active at step i if it is scored at step i or later. Later steps' keys are seen by their
 own row only and step-0 keys come from the layer's input, so a row that is not active needs nothing
 of step i, and at step 0 only its key and value, and those only if an active row of its sample comes
-after it.
+after it. With several layers that holds for the last one: the step-0 keys of a layer come from the
+layer below, so below the last every row up to the sample's last active one runs at step 0. Later
+steps stay with their active rows in every layer.
 
 Legend of shapes: T tokens of the batch, C context rows, n_i rows of step i, P scored (row, step)
 pairs, R teacher rows.
@@ -13,18 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specforge_ext.nn.flash import QueryPlan, QuerySpan
+from specforge_ext.nn.flash import QueryPlan
+from specforge_ext.nn.query_plan import Context, places
 from specforge_ext.ops import TttMaps, ttt_maps
 from specforge_ext.records import lengths_to_cu_seqlens
-
-_MAX_HOLE_ROWS = 32
-"""A wider hole between the queries of a sample starts another span, rather than being computed."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,14 @@ class StepRows:
 class TttPlan:
     """Index tensors, int64, on the draft's device.
 
-    context: [C] packed positions that need a step-0 key. steps: L of them. pair_source: [P] places
-    in the steps' rows laid end to end; pair_step, pair_teacher: [P] int32, the latter a place in
-    teacher_rows, non-decreasing. teacher_rows: [R] packed positions u; u + 1 is the teacher's row.
+    context: [C] packed positions that need a step-0 key. whole: all of them asking, for the layers
+    below the last. steps: L of them. pair_source: [P] places in the steps' rows laid end to end;
+    pair_step, pair_teacher: [P] int32, the latter a place in teacher_rows, non-decreasing.
+    teacher_rows: [R] packed positions u; u + 1 is the teacher's row.
     """
 
     context: Tensor
+    whole: QueryPlan
     steps: tuple[StepRows, ...]
     pair_source: Tensor
     pair_step: Tensor
@@ -75,12 +76,13 @@ def build_plan(
     active = [a.numpy().astype(np.int64) for a in maps.active]
     if not compaction:
         active = [np.arange(cu[-1])] * ttt_length
-    context = _Context.of(active[0], cu)
+    context = Context.up_to_last(active[0], cu)
     steps: list[StepRows] = []
     for i, rows in enumerate(active):
         steps.append(_step_rows(i, active, rows, context, device))
     return TttPlan(
         context=torch.from_numpy(context.rows).to(device),
+        whole=context.queries(context.rows, device),
         steps=tuple(steps),
         pair_source=_pair_source(maps, int(cu[-1]), compaction).to(device),
         pair_step=maps.pair_step.to(device),
@@ -89,71 +91,17 @@ def build_plan(
     )
 
 
-@dataclass(frozen=True)
-class _Context:
-    """Per sample, the rows up to its last active one. cu: starts of the samples in the packed
-    batch.
-
-    begins: starts of the samples among the context rows, and at the end their number.
-    """
-
-    rows: np.ndarray
-    cu: np.ndarray
-    begins: np.ndarray
-
-    @classmethod
-    def of(cls, active: np.ndarray, cu: np.ndarray) -> _Context:
-        ends = np.searchsorted(active, cu[1:])
-        some = ends > np.searchsorted(active, cu[:-1])
-        last = active[np.maximum(ends - 1, 0)] if active.size else np.zeros_like(ends)
-        lengths = np.where(some, last + 1 - cu[:-1], 0)
-        begins = np.concatenate(([0], np.cumsum(lengths)))
-        rows = np.arange(begins[-1]) + np.repeat(cu[:-1] - begins[:-1], lengths)
-        return cls(rows=rows, cu=cu, begins=begins)
-
-
 def _step_rows(
-    step: int, active: list[np.ndarray], rows: np.ndarray, context: _Context, device: torch.device
+    step: int, active: list[np.ndarray], rows: np.ndarray, context: Context, device: torch.device
 ) -> StepRows:
     earlier = [context.rows if step == 0 else active[step - 1], *active[1 : step + 1]]
-    parent, *ancestors = [_places(rows, among, device) for among in earlier]
+    parent, *ancestors = [places(rows, among, device) for among in earlier]
     return StepRows(
         rows=torch.from_numpy(rows).to(device),
         parent=parent,
         ancestors=tuple(ancestors),
-        queries=_query_plan(rows, context, device),
+        queries=context.queries(rows, device),
     )
-
-
-def _places(rows: np.ndarray, among: np.ndarray, device: torch.device) -> Tensor | None:
-    """Where each row stands in `among`, a superset, both ascending; None if they are equal."""
-    if rows.size == among.size:
-        return None
-    return torch.from_numpy(np.searchsorted(among, rows)).to(device)
-
-
-def _query_plan(rows: np.ndarray, context: _Context, device: torch.device) -> QueryPlan:
-    sample = np.searchsorted(context.cu, rows, side="right") - 1
-    cuts = np.diff(sample, prepend=-1).astype(bool) | (np.diff(rows, prepend=0) > _MAX_HOLE_ROWS)
-    bounds = np.append(cuts.nonzero()[0], rows.size)
-    spans = []
-    for a, b in pairwise(bounds.tolist()):
-        n = sample[a]
-        local = rows[a:b] - context.cu[n]
-        spans.append(_span(local, slice(a, b), int(context.begins[n])))
-    return QueryPlan(
-        spans=tuple(spans),
-        index=torch.from_numpy(np.searchsorted(context.rows, rows)).to(device),
-        cu_context=torch.from_numpy(context.begins.astype(np.int32)).to(device),
-        max_context=int(np.diff(context.begins).max(initial=0)),
-    )
-
-
-def _span(local: np.ndarray, query: slice, key_begin: int) -> QuerySpan:
-    first, end = int(local[0]), int(local[-1]) + 1
-    dense = end - first == local.size
-    places = None if dense else torch.from_numpy(local - first)
-    return QuerySpan(query=query, key_begin=key_begin, first=first, end=end, local=places)
 
 
 def _pair_source(maps: TttMaps, num_tokens: int, compaction: bool) -> Tensor:

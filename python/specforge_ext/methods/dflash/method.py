@@ -1,0 +1,151 @@
+"""DFlash as the layers above see it: `specforge_ext.methods.base.Method`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from specforge_ext.methods._block import export
+from specforge_ext.methods._block.config import FEATURE, feature_layout
+from specforge_ext.methods._block.init import init_from_target, init_random
+from specforge_ext.methods._block.model import BlockShape
+from specforge_ext.methods._block.objective import (
+    RATIOS,
+    dpace_weight,
+    slot_decay,
+    slot_metrics,
+)
+from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
+from specforge_ext.methods.dflash.config import DFlashConfig
+from specforge_ext.methods.dflash.drafter import DFlashDrafter
+from specforge_ext.methods.dflash.model import DFlashDraft
+from specforge_ext.ops import LabelLoss
+from specforge_ext.records import (
+    DraftCheckpoint,
+    DraftVocab,
+    FeatureLayout,
+    PackedBatch,
+    Prompt,
+    StepContext,
+    StepLoss,
+    TargetSpec,
+    TargetWeights,
+)
+
+ARCHITECTURE = "DFlashDraftModel"
+
+
+class DFlashMethod:
+    """DFlash (arXiv 2602.06036), with D-PACE (arXiv 2605.18810) as an option."""
+
+    name = "dflash"
+    Config = DFlashConfig
+
+    def __init__(self, config: DFlashConfig) -> None:
+        self.config = config
+
+    def layout(self, target: TargetSpec) -> FeatureLayout:
+        """`hidden`: the residual streams that the draft reads."""
+        return feature_layout(self.config, target)
+
+    def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> DFlashDraft:
+        """A draft with fresh weights. ValueError unless the vocabulary is the whole one."""
+        if not vocab.is_full or vocab.size != weights.spec.vocab_size:
+            raise ValueError(
+                f"dflash: wanted the target's whole vocabulary of {weights.spec.vocab_size} (its "
+                f"head is used), got {vocab.size} of {vocab.t2d.numel()}"
+            )
+        draft = DFlashDraft(BlockShape.of(self.config, weights), weights)
+        init_random(draft, seed=seed)
+        if self.config.warm_start == "target":
+            init_from_target(draft, weights)
+        return draft.to(weights.embed_tokens.device)
+
+    def vocab(self, prompts: Iterable[Prompt], target: TargetSpec) -> DraftVocab:
+        """The whole one."""
+        return DraftVocab.full(target.vocab_size)
+
+    def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
+        """The layers, each called once a micro-batch."""
+        return tuple(_as_dflash(draft).layers)
+
+    def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
+        """The layers."""
+        return tuple(_as_dflash(draft).layers)
+
+    def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
+        """Metrics [block_size - 1]: see `_block.objective.slot_metrics`."""
+        return self.step_at(draft, batch, draw(batch, at, num_anchors=self.config.num_anchors))
+
+    def step_at(self, draft: nn.Module, batch: PackedBatch, anchors: Anchors) -> StepLoss:
+        """As `step`, with anchors of the caller's choice."""
+        blocks = plan(batch, anchors, block_size=self.config.block_size, first_label=0)
+        rows: LabelLoss = draft(batch.features[FEATURE], batch.input_ids, blocks)
+        weight = self._row_weight(blocks, rows.loss)
+        if self.config.dpace is None:
+            total = weight.sum(dtype=torch.float64).float()
+        else:
+            total = weight.new_tensor(float(len(batch.lengths)))
+        return StepLoss(
+            loss_sum=(weight * rows.loss).sum(),
+            weight_sum=total,
+            metrics=slot_metrics(blocks, rows.loss.detach(), rows.correct, first=1),
+            ratios=RATIOS,
+        )
+
+    def drafter(self, draft: nn.Module) -> DFlashDrafter:
+        return DFlashDrafter(_as_dflash(draft))
+
+    def export(
+        self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
+    ) -> DraftCheckpoint:
+        """One checkpoint for every engine."""
+        draft = _as_dflash(draft)
+        config = export.backbone_config(
+            draft.block_shape,
+            self.config,
+            target,
+            method=self.name,
+            architecture=ARCHITECTURE,
+            dtype=dtype,
+        )
+        return DraftCheckpoint(export.tensors_of(draft, dtype), config)
+
+    def engine_configs(
+        self, config: Mapping[str, object], target: TargetSpec
+    ) -> Mapping[str, Mapping[str, object]]:
+        """One directory: target_layer_ids mean the same in every engine."""
+        return {"": dict(config)}
+
+    def schema(
+        self, config: Mapping[str, object]
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        return export.backbone_schema(config)
+
+    def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> DFlashDraft:
+        shape = export.stored_shape(checkpoint.config, weights, self.config)
+        draft = DFlashDraft(shape, weights)
+        export.load_parameters(draft, checkpoint.tensors)
+        return draft.to(weights.embed_tokens.device)
+
+    def _row_weight(self, blocks: Blocks, loss: Tensor) -> Tensor:
+        """[P] float32."""
+        config = self.config
+        if config.dpace is None:
+            decay = slot_decay(config.block_size, gamma=config.gamma, first=1)
+            return decay.to(loss.device).index_select(0, blocks.slots)
+        weight = dpace_weight(
+            blocks.by_block(loss.detach()),
+            blocks.supervised,
+            alpha=config.dpace_alpha,
+            kind=config.dpace,
+        )
+        return weight.flatten().index_select(0, blocks.rows)
+
+
+def _as_dflash(draft: nn.Module) -> DFlashDraft:
+    if not isinstance(draft, DFlashDraft):
+        raise TypeError(f"dflash: wanted a DFlashDraft, got {type(draft).__name__}")
+    return draft

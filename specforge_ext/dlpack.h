@@ -1,0 +1,70 @@
+// Bytes that somebody else owns as a DLPack capsule: what torch.from_dlpack takes for memory of any
+// device. The structures are those of DLPack 0.x (dmlc/dlpack, dlpack.h), its "dltensor" capsules.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+
+namespace sf::dlpack {
+
+inline constexpr int kCpu = 1;
+inline constexpr int kCuda = 2;
+
+struct Device {
+  int32_t type;
+  int32_t id;
+};
+
+struct DataType {
+  uint8_t code;  // 1: unsigned integer
+  uint8_t bits;
+  uint16_t lanes;
+};
+
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;  // nullptr: contiguous
+  uint64_t byte_offset;
+};
+
+struct ManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+};
+
+// What a capsule points to: the tensor, and the owner of its bytes until the last view is gone.
+struct OwnedBytes {
+  ManagedTensor managed;
+  int64_t shape[1];
+  std::shared_ptr<void> owner;
+};
+
+inline void drop_capsule(PyObject* capsule) {
+  // A capsule that was taken has another name, and the taker deletes.
+  if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
+  auto* managed = static_cast<ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  managed->deleter(managed);
+}
+
+// A [nbytes] uint8 tensor. `owner` is let go by any thread, with the GIL or without.
+inline pybind11::capsule bytes(void* data, uint64_t nbytes, Device device,
+                               std::shared_ptr<void> owner) {
+  auto* out = new OwnedBytes{};
+  out->shape[0] = static_cast<int64_t>(nbytes);
+  out->owner = std::move(owner);
+  out->managed.tensor = {data, device, 1, {1, 8, 1}, out->shape, nullptr, 0};
+  out->managed.context = out;
+  out->managed.deleter = [](ManagedTensor* self) {
+    delete static_cast<OwnedBytes*>(self->context);
+  };
+  return pybind11::capsule(&out->managed, "dltensor", &drop_capsule);
+}
+
+}  // namespace sf::dlpack

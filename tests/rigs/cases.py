@@ -1,0 +1,44 @@
+"""Which methods the rigs serve: a line in CASES each, and a recipe that trains a draft of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a method's draft is trained and served.
+
+    recipe, assignments: of `specforge_ext.train`. depth: tokens drafted a step.
+    vllm: method of --speculative-config; sglang: value of --speculative-algorithm; None where the
+    server has no such method. block: drafts a block in one pass.
+    """
+
+    name: str
+    depth: int
+    recipe: str = "demo"
+    assignments: tuple[str, ...] = ()
+    vllm: str | None = None
+    sglang: str | None = None
+    block: bool = False
+
+    def vllm_config(self, draft: str) -> dict[str, object]:
+        return {"method": self.vllm, "model": draft, "num_speculative_tokens": self.depth}
+
+    def sglang_arguments(self, draft: str) -> list[str]:
+        """SGLang counts the known token among those of a verify step."""
+        arguments = {
+            "algorithm": self.sglang,
+            "draft-model-path": draft,
+            "num-draft-tokens": self.depth + 1,
+        }
+        if not self.block:
+            arguments |= {"num-steps": self.depth, "eagle-topk": 1}
+        return [w for key, value in arguments.items() for w in (f"--speculative-{key}", str(value))]
+
+
+CASES = (
+    Case("eagle3", depth=4, assignments=("order.epochs=2",), vllm="eagle3", sglang="EAGLE3"),
+)  # fmt: skip
+VLLM = [case for case in CASES if case.vllm]
+SGLANG = [case for case in CASES if case.sglang]
