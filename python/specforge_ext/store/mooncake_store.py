@@ -78,7 +78,7 @@ class MooncakeStoreWriter:
     """Any thread may put."""
 
     def __init__(self, config: MooncakeStoreConfig) -> None:
-        mooncake.expect_protocol(config.protocol)
+        mooncake.expect_protocol(config.protocol, config.devices)
         package = mooncake.module("mooncake.store")
         self._config = config
         self._epoch = secrets.token_hex(8)
