@@ -16,6 +16,7 @@ draw_anchors    where the blocks of a block draft begin
 block_mask_tensors  which tiles of block attention hold visible pairs
 cod_chains      which anchors of a parallel draft look how deep
 label_loss      cross entropy of rows against labels under a frozen head, one value a row
+two_head_loss   loss of rows whose logits are a frozen head's and a trained narrow one's, added
 fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a checksum
 fp8_unpack      and back, the checksum compared
 """
@@ -36,6 +37,7 @@ from specforge_ext.ops.results import (
 )
 from specforge_ext.ops.rows import loss_rows_, row_stats
 from specforge_ext.ops.teacher_stats import teacher_stats
+from specforge_ext.ops.two_head_loss import TwoHeadLoss, two_head_loss
 from specforge_ext.ops.wire import CorruptRows, Fp8Rows, fp8_pack, fp8_unpack
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "LossRowsResult",
     "RowLoss",
     "TttMaps",
+    "TwoHeadLoss",
     "block_mask_tensors",
     "cod_chains",
     "draft_first_permutation",
@@ -63,4 +66,5 @@ __all__ = [
     "row_stats",
     "teacher_stats",
     "ttt_maps",
+    "two_head_loss",
 ]

@@ -1,4 +1,4 @@
-"""The three matrix products of a head, into memory that is given, for every dtype and device.
+"""The matrix products of a head, into memory that is given, for every dtype and device.
 
 Where the hardware multiplies bf16, logits and their gradients are bf16. A CPU that only emulates it
 (measured: 0.3 GFLOP/s on AVX2) gets float32 logits instead, and weights upcast block by block.
@@ -43,6 +43,16 @@ def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> None:
     hidden_NH = hidden_NH.to(out_NV.dtype)
     for rows in _blocks(head_VH):
         torch.mm(hidden_NH, head_VH[rows].to(out_NV.dtype).t(), out=out_NV[:, rows])
+
+
+def add_logits(out_NV: Tensor, hidden_NE: Tensor, head_VE: Tensor) -> None:
+    """out += hidden head^T."""
+    hidden_NE = hidden_NE.to(out_NV.dtype)
+    if out_NV.dtype == head_VE.dtype:
+        out_NV.addmm_(hidden_NE, head_VE.t())
+        return
+    for rows in _blocks(head_VE):
+        out_NV[:, rows].addmm_(hidden_NE, head_VE[rows].to(out_NV.dtype).t())
 
 
 def hidden_grad_into(out_NH: Tensor, grad_NV: Tensor, head_VH: Tensor) -> None:
