@@ -33,8 +33,8 @@ def verify(
 
     Temperature 0: a drafted token is accepted if it is the target's argmax; the next token is the
     argmax of the row after the last accepted one. Otherwise: drafted x is accepted with min(1, p(x)
-    / q(x)); after a rejection the next token comes from norm(max(p - q, 0)), from p if all that were
-    proposed are accepted. The outcome is then distributed exactly as the target's own (Leviathan et
+    / q(x)); after a rejection the next token comes from norm(max(p - q, 0)), after none of all that
+    were proposed from p. The outcome is then distributed exactly as the target's own (Leviathan et
     al., arXiv 2211.17192, Appendix A.1), whatever q is.
     Raises ValueError if the proposal has no probabilities, or ones it cannot have been drawn from,
     or lengths that are not in 0..K.

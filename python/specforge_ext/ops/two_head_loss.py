@@ -32,10 +32,12 @@ _FLOATS = (torch.float32, torch.bfloat16)
 
 class TwoHeadLoss(NamedTuple):
     """loss_sum: [] float32, sum of weight * loss, nats, differentiable in hidden, narrow and
-    narrow_head. The others are detached, a value a row, 0 where the weight is 0: loss [N] float32,
-    not weighted; accepted [N] float32, sum_v min(teacher, student), or the label's probability for
-    "hard_ce"; correct [N] bool, student argmax == teacher argmax, or == label; top_prob [N] float32,
-    the student's largest probability.
+    narrow_head.
+
+    The others are detached, a value a row, 0 where the weight is 0. loss: [N] float32, not
+    weighted. accepted: [N] float32, sum_v min(teacher, student); for "hard_ce" the label's
+    probability. correct: [N] bool, the student's argmax is the teacher's; for "hard_ce" the label.
+    top_prob: [N] float32, the student's largest probability.
     """
 
     loss_sum: Tensor

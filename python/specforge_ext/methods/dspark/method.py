@@ -11,7 +11,7 @@ from specforge_ext.methods._block import export as block_export
 from specforge_ext.methods._block.config import FEATURE
 from specforge_ext.methods._block.init import init_from_target, init_random
 from specforge_ext.methods._block.model import BlockShape
-from specforge_ext.methods._block.objective import RATIOS, slot_decay, slot_metrics
+from specforge_ext.methods._block.objective import RATIOS, slot_metrics
 from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
 from specforge_ext.methods.dspark import export
 from specforge_ext.methods.dspark.config import TEACHER, DSparkConfig, dspark_layout
@@ -45,7 +45,7 @@ class DSparkMethod:
         return dspark_layout(self.config, target)
 
     def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> DSparkDraft:
-        """A draft with fresh weights, biases 0. ValueError unless the vocabulary is the whole one."""
+        """A draft with fresh weights, biases 0. ValueError unless the vocabulary is the whole."""
         if not vocab.is_full or vocab.size != weights.spec.vocab_size:
             raise ValueError(
                 f"dspark: wanted the target's whole vocabulary of {weights.spec.vocab_size} (its "
@@ -84,21 +84,19 @@ class DSparkMethod:
         blocks, teachers = with_teachers(
             plan(batch, anchors, block_size=config.block_size, first_label=1, stops_at_gap=True)
         )
-        decay = slot_decay(config.block_size, gamma=config.gamma, first=0).to(blocks.slots.device)
-        weight = decay.index_select(0, blocks.slots)
         rows: SparkLoss = draft(
             batch.features[FEATURE],
             batch.features[TEACHER],
             batch.input_ids,
             blocks,
             teachers,
-            Objective(config.ce_weight, config.l1_weight, config.confidence_weight, weight),
+            Objective(config.ce_weight, config.l1_weight, config.confidence_weight, config.gamma),
         )
         metrics = slot_metrics(blocks, rows.loss, rows.correct, first=0)
         chances = _chances(blocks, rows)
         return StepLoss(
             loss_sum=rows.loss_sum,
-            weight_sum=weight.sum(dtype=torch.float64).float(),
+            weight_sum=rows.weight_sum,
             metrics={**metrics, **chances},
             ratios={**RATIOS, **{name: _CHANCE_RATIOS[name] for name in chances}},
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specforge_ext.methods._block.model import BlockBackbone, BlockShape
+from specforge_ext.methods._block.objective import slot_decay
 from specforge_ext.methods._block.plan import Blocks
 from specforge_ext.methods.dspark.config import DSparkConfig, MarkovKind
 from specforge_ext.methods.dspark.heads import ConfidenceHead, MarkovHead
@@ -37,22 +38,31 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class Objective:
-    """ce, l1, confidence: weights of the three terms. row_weight: [P] float32."""
+    """ce, l1, confidence: weights of the three terms. gamma: of `slot_decay`. Numbers and no tensor
+    of row weights: FSDP2 rounds what it finds in a call's arguments to bfloat16.
+    """
 
     ce: float
     l1: float
     confidence: float
-    row_weight: Tensor
+    gamma: float | None
+
+    def row_weight(self, blocks: Blocks) -> Tensor:
+        """[P] float32."""
+        decay = slot_decay(blocks.block_size, gamma=self.gamma, first=0)
+        return decay.to(blocks.slots.device).index_select(0, blocks.slots)
 
 
 class SparkLoss(NamedTuple):
-    """loss_sum: [], differentiable, all weights in it. The others are of each row, [P], detached:
-    loss float32, not weighted by row_weight; correct bool, first choice of draft and target agree;
-    accepted float32, chance that the target accepts a draw; foretold float32, that chance by the
-    confidence head, absent without one.
+    """loss_sum, weight_sum: [] float32, the first differentiable and with all weights in it.
+
+    The others are of each row, [P], detached. loss: float32, without the row's weight. correct:
+    bool, the first choices of draft and target agree. accepted: float32, chance that the target
+    accepts a draw. foretold: float32, that chance by the confidence head, None without one.
     """
 
     loss_sum: Tensor
+    weight_sum: Tensor
     loss: Tensor
     correct: Tensor
     accepted: Tensor
@@ -90,7 +100,7 @@ class DSparkDraft(BlockBackbone):
         told = input_ids.index_select(0, teachers.places)
         embedding = self.markov_head.embed(told.index_select(0, teachers.row_to_teacher))
         latent = self.markov_head.latents(hidden, embedding, blocks)
-        head = self.target_head
+        head, weight = self.target_head, objective.row_weight(blocks)
         rows = two_head_loss(
             hidden,
             head,
@@ -101,7 +111,7 @@ class DSparkDraft(BlockBackbone):
             # The kernel knows L1 + c CE.
             loss=RowLoss("l1", hard_weight=objective.ce / objective.l1),
             row_to_teacher=teachers.row_to_teacher,
-            row_weight=objective.row_weight * objective.l1,
+            row_weight=weight * objective.l1,
             label=input_ids.index_select(0, teachers.places + 1).int() if objective.ce else None,
         )
         loss_sum, loss, foretold = rows.loss_sum, rows.loss * objective.l1, None
@@ -110,10 +120,11 @@ class DSparkDraft(BlockBackbone):
             # Over the whole vocabulary `accepted` is 1 - L1 / 2.
             chance = rows.accepted.clamp(0, 1)
             error = F.binary_cross_entropy_with_logits(logit, chance, reduction="none")
-            loss_sum = loss_sum + objective.confidence * (objective.row_weight * error).sum()
+            loss_sum = loss_sum + objective.confidence * (weight * error).sum()
             loss = loss + objective.confidence * error.detach()
             foretold = torch.sigmoid(logit.detach())
-        return SparkLoss(loss_sum, loss, rows.correct, rows.accepted, foretold)
+        weight_sum = weight.sum(dtype=torch.float64).float()
+        return SparkLoss(loss_sum, weight_sum, loss, rows.correct, rows.accepted, foretold)
 
     def corrected(
         self, hidden: Tensor, base: Tensor, embedding: Tensor, state: Tensor
