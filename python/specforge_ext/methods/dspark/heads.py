@@ -58,7 +58,7 @@ class MarkovHead(nn.Module):
         by_slot = own.new_zeros((blocks.supervised.numel(), own.shape[1]))
         by_slot = by_slot.index_copy(0, blocks.rows, own)
         state, latents = self.first_state(blocks.num_blocks), []
-        for slot in by_slot.view(*blocks.supervised.shape, -1).unbind(1):
+        for slot in by_slot.view(*blocks.supervised.shape, own.shape[1]).unbind(1):
             raw = F.linear(state.to(embedding.dtype), self._recurrent)
             latent, state = _advance(state, slot + raw.float())
             latents.append(latent)
