@@ -40,7 +40,10 @@ class Case:
 CASES = (
     Case("eagle3", depth=4, assignments=("order.epochs=2",), vllm="eagle3", sglang="EAGLE3"),
     # SGLang drafts as many tokens as a block has.
-    Case("dspark", depth=5, recipe="demo-dspark", assignments=("order.epochs=1",), sglang="DSPARK", block=True),
+    Case(
+        "dspark", depth=5, recipe="demo-dspark", assignments=("order.epochs=1",),
+        sglang="DSPARK", block=True,
+    ),
 )  # fmt: skip
 VLLM = [case for case in CASES if case.vllm]
 SGLANG = [case for case in CASES if case.sglang]
