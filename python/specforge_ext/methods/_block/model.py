@@ -65,15 +65,15 @@ class BlockShape:
         )
 
 
-@dataclass(frozen=True)
 class BlockView:
-    """What all layers share. Not a tensor or a container of them, so that FSDP2, which casts a
-    layer's arguments to bfloat16, leaves the tables alone: positions need float32.
+    """What all layers share. Neither a tensor nor a container or dataclass of them, for FSDP2 casts
+    what it finds in a layer's arguments to bfloat16, and the tables need float32.
     """
 
-    plan: BlockPlan
-    context: Tables
-    block: Tables
+    def __init__(self, plan: BlockPlan, *, context: Tables, block: Tables) -> None:
+        self.plan = plan
+        self.context = context
+        self.block = block
 
 
 class BlockLayer(nn.Module):
