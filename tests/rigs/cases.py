@@ -46,13 +46,13 @@ WHOLE_VOCABULARY = (("domino-candidate-pool-size", "0"),)
 CASES = (
     Case("eagle3", depth=4, assignments=("order.epochs=2",), vllm="eagle3", sglang="EAGLE3"),
     Case(
-        "domino",
-        depth=5,
-        recipe="demo-domino",
-        assignments=("order.epochs=2",),
-        sglang="DFLASH",
-        block=True,
-        more=WHOLE_VOCABULARY,
+        "domino", depth=5, recipe="demo-domino", assignments=("order.epochs=2",),
+        sglang="DFLASH", block=True, more=WHOLE_VOCABULARY,
+    ),
+    # SGLang drafts as many tokens as a block has.
+    Case(
+        "dspark", depth=5, recipe="demo-dspark", assignments=("order.epochs=1",),
+        sglang="DSPARK", block=True,
     ),
 )  # fmt: skip
 VLLM = [case for case in CASES if case.vllm]
