@@ -39,6 +39,8 @@ class Case:
 
 CASES = (
     Case("eagle3", depth=4, assignments=("order.epochs=2",), vllm="eagle3", sglang="EAGLE3"),
+    Case("dflash", depth=5, recipe="demo-dflash", assignments=("order.epochs=2",), vllm="dflash",
+         sglang="DFLASH", block=True),
 )  # fmt: skip
 VLLM = [case for case in CASES if case.vllm]
 SGLANG = [case for case in CASES if case.sglang]

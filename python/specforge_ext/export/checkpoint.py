@@ -87,22 +87,22 @@ def read_strict(directory: Path, method: Method) -> DraftCheckpoint:
     t2d and d2t that disagree.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     problems = [
         f"{path.name}: unexpected weight file beside {WEIGHTS}"
         for path in sorted(directory.iterdir())
         if path.suffix in _WEIGHT_SUFFIXES and path.name != WEIGHTS
     ]
-    tensors = _read_tensors(directory)
+    tensors = read_tensors(directory)
     schema = method.schema(config)
-    problems += _key_problems(tensors, schema)
-    problems += _value_problems(tensors)
+    problems += key_problems(tensors, schema)
+    problems += value_problems(tensors)
     if problems:
         raise ValueError(f"{directory}: {len(problems)} problem(s): " + "; ".join(problems))
     return DraftCheckpoint(tensors=tensors, config=config)
 
 
-def _read_config(directory: Path) -> dict[str, object]:
+def read_config(directory: Path) -> dict[str, object]:
     path = directory / CONFIG
     if not path.is_file():
         raise ValueError(f"{path}: wanted a draft's config.json, got no such file")
@@ -115,7 +115,7 @@ def _read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{path}: wanted the draft's weights, got no such file")
@@ -126,7 +126,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: wanted a safetensors file: {error}") from None
 
 
-def _key_problems(
+def key_problems(
     tensors: Mapping[str, Tensor],
     schema: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]],
 ) -> list[str]:
@@ -145,7 +145,7 @@ def _key_problems(
     return problems
 
 
-def _value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     problems = []
     for name, tensor in sorted(tensors.items()):
         if tensor.is_floating_point():
