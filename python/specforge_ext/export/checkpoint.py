@@ -102,8 +102,9 @@ def read_strict(directory: Path, method: Method) -> DraftCheckpoint:
     return DraftCheckpoint(tensors=tensors, config=config)
 
 
-def read_config(directory: Path) -> dict[str, object]:
-    path = directory / CONFIG
+def read_config(directory: Path, *, name: str = CONFIG) -> dict[str, object]:
+    """ValueError unless it is there and a JSON object."""
+    path = directory / name
     if not path.is_file():
         raise ValueError(f"{path}: wanted a draft's config.json, got no such file")
     try:
@@ -116,6 +117,7 @@ def read_config(directory: Path) -> dict[str, object]:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """On the CPU. ValueError unless there is one safetensors file."""
     path = directory / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{path}: wanted the draft's weights, got no such file")
@@ -130,6 +132,7 @@ def key_problems(
     tensors: Mapping[str, Tensor],
     schema: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]],
 ) -> list[str]:
+    """Keys that are missing, unknown, misshapen or of the wrong dtype, a line each."""
     problems = [f"{name}: missing" for name in sorted(schema.keys() - tensors.keys())]
     for name in sorted(tensors.keys() - schema.keys()):
         near = difflib.get_close_matches(name, schema.keys(), n=1)
@@ -146,6 +149,7 @@ def key_problems(
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Values that are not finite, t2d and d2t that disagree, a line each."""
     problems = []
     for name, tensor in sorted(tensors.items()):
         if tensor.is_floating_point():

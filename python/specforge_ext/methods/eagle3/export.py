@@ -178,6 +178,7 @@ def from_checkpoint(
         ("num_hidden_layers", config.num_layers, count(stored, "num_hidden_layers")),
         ("fc_norm", config.fc_norm, _flag(stored, "fc_norm")),
         ("norm_output", config.norm_output, _flag(stored, "norm_output")),
+        ("norm_before_residual", False, _flag(stored, "norm_before_residual")),
     ):
         if came != asked:
             raise ValueError(f"config.json {key}: wanted {asked}, got {came}")
