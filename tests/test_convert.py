@@ -195,7 +195,7 @@ def test_an_embedding_of_the_drafts_own(tmp_path: Path) -> None:
     assert done.notes == ("embedding: the target's, left out",)
     key = "embed_tokens.weight"
     rewrite(tmp_path / "there", tensors=lambda held: {**held, key: held[key] + 1})
-    with pytest.raises(ValueError, match=r"embed_tokens.weight: wanted the target's, which is what"):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: wanted the target's, which"):
         convert(tmp_path / "there", tmp_path / "no", to="sglang", target=target)
     convert(tmp_path / "there", tmp_path / "vllm", to="vllm", target=target)
     held = load_file(tmp_path / "vllm" / "model.safetensors")[key]
