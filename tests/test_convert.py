@@ -301,6 +301,24 @@ def test_speculators_without_a_word_about_the_residual(tmp_path: Path) -> None:
         convert(tmp_path / "there", tmp_path / "no", to="sglang", target=target)
 
 
+def test_a_normalised_residual_is_for_vllm_only(tmp_path: Path) -> None:
+    source, target, method, weights = eagle3(tmp_path)
+    convert(source, tmp_path / "there", to="speculators", target=target, depth=4)
+    rewrite(tmp_path / "there", config={"norm_before_residual": True})
+    convert(tmp_path / "there", tmp_path / "vllm", to="vllm", target=target)
+    assert config_of(tmp_path / "vllm")["norm_before_residual"] is True
+    rewrite(
+        tmp_path / "vllm",
+        tensors=lambda held: {k: v for k, v in held.items() if "embed" not in k},
+    )
+    with pytest.raises(ValueError, match="norm_before_residual: wanted False, got True"):
+        method.restore(read_strict(tmp_path / "vllm", method), weights)
+    with pytest.raises(
+        ValueError, match="norm_before_residual: wanted a draft without it, since s"
+    ):
+        convert(tmp_path / "there", tmp_path / "no", to="sglang", target=target)
+
+
 def test_draft_vocab_tells_offsets_from_ids() -> None:
     words = torch.tensor([1, 2, 5, 9])
     offsets, marks = words - torch.arange(4), torch.zeros(12, dtype=torch.bool)
