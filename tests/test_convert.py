@@ -301,6 +301,23 @@ def test_speculators_without_a_word_about_the_residual(tmp_path: Path) -> None:
         convert(tmp_path / "there", tmp_path / "no", to="sglang", target=target)
 
 
+def test_the_norm_of_later_layers_has_two_names(tmp_path: Path) -> None:
+    source, _, _, _ = eagle3(tmp_path, num_layers=2)
+    kept = load_file(source / "model.safetensors")
+    names = [f"layers.1.{name}.weight" for name in ("hidden_norm", "input_layernorm")]
+    for name in names:
+        rewrite(
+            source,
+            tensors=lambda held, name=name: {k: v for k, v in kept.items() if k != name},
+        )
+        convert(source, tmp_path / "out", to="vllm")
+        held = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(torch.equal(held[n], kept[n]) for n in names)
+    rewrite(source, tensors=lambda held: {**kept, names[0]: kept[names[0]] + 1})
+    with pytest.raises(ValueError, match=r"layers.1.hidden_norm.weight: wanted the values of lay"):
+        convert(source, tmp_path / "out", to="vllm")
+
+
 def test_a_normalised_residual_is_for_vllm_only(tmp_path: Path) -> None:
     source, target, method, weights = eagle3(tmp_path)
     convert(source, tmp_path / "there", to="speculators", target=target, depth=4)

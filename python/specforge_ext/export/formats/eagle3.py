@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from specforge_ext.export.formats import settings, speculators
@@ -96,11 +97,7 @@ def read(
         vocab_size=vocab_size,
         size=count(sizes, "draft_vocab_size"),
     )
-    ours, theirs = FURTHER_NORM_NAMES
-    for i in range(1, count(config, "num_hidden_layers")):
-        name, alias = f"layers.{i}.{ours}.weight", f"layers.{i}.{theirs}.weight"
-        if name in tensors and alias not in tensors:
-            tensors[alias] = tensors[name].clone()
+    _name_norms_twice(tensors, count(config, "num_hidden_layers"))
     portable: dict[str, object] = {
         "architectures": ["LlamaForCausalLMEagle3"],
         **sizes,
@@ -143,6 +140,23 @@ def write(
     if form in ("specforge", "modelopt"):
         config[OWN_KEY] = {**mapping(config, OWN_KEY), "format": form}
     return draft, tensors, config | _layer_keys(draft, form, target)
+
+
+def _name_norms_twice(tensors: dict[str, Tensor], num_layers: int) -> None:
+    """Of layers after the first: vLLM reads one name, SGLang the other, which both load.
+
+    ValueError if the source has both with other values.
+    """
+    for i in range(1, num_layers):
+        names = [f"layers.{i}.{name}.weight" for name in FURTHER_NORM_NAMES]
+        held = [tensors[name] for name in names if name in tensors]
+        if len(held) == 2 and not torch.equal(*held):
+            raise ValueError(
+                f"{names[1]}: wanted the values of {names[0]}, since vLLM reads this one and "
+                "SGLang that one, got others"
+            )
+        if held:
+            tensors |= {name: held[0].clone() for name in names if name not in tensors}
 
 
 def _layer_keys(draft: Portable, form: str, target: Target | None) -> dict[str, object]:
