@@ -7,5 +7,6 @@ METHODS = Registry("method")
 METHODS.add("eagle3", "specforge_ext.methods.eagle3:Eagle3Method")
 METHODS.add("peagle", "specforge_ext.methods.peagle:PEagleMethod")
 METHODS.add("dflash", "specforge_ext.methods.dflash:DFlashMethod")
+METHODS.add("mtp", "specforge_ext.methods.mtp:MtpMethod")
 
 __all__ = ["METHODS", "Drafter", "Method"]
