@@ -15,15 +15,11 @@ from specforge_ext.methods.mtp import MtpConfig, MtpMethod
 from specforge_ext.methods.mtp.model import MtpDraft
 from specforge_ext.records import DraftVocab, PackedBatch, TargetWeights
 
-FORMS = ("deepseek", "qwen3_next", "mimo")
+FORMS = ("deepseek", "qwen3_next")
 _OUTER = {
     "deepseek": ("model.layers.8.", "", "enorm", "hnorm", "eh_proj", "shared_head.norm"),
     "qwen3_next": (
         "mtp.", "layers.0.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm",
-    ),
-    "mimo": (
-        "model.mtp_layers.0.", "", "token_layernorm", "hidden_layernorm", "input_proj",
-        "final_layernorm",
     ),
 }  # fmt: skip
 
@@ -99,7 +95,13 @@ def batch(lengths: Sequence[int], *, seed: int = 0, density: float = 0.5) -> Pac
 
 
 def dense_logits(
-    p: Mapping[str, Tensor], form: str, weights: TargetWeights, sample: PackedBatch, steps: int
+    p: Mapping[str, Tensor],
+    form: str,
+    weights: TargetWeights,
+    sample: PackedBatch,
+    steps: int,
+    *,
+    zero_first: bool = False,
 ) -> list[Tensor]:
     """Logits [S, V] float64 of every row of one sample at every step. p: a checkpoint's tensors in
     float64; what kind of layer they are of follows from which there are.
@@ -134,13 +136,11 @@ def dense_logits(
     for i in range(steps):
         tokens = torch.cat((sample.input_ids[1 + i :], torch.zeros(n, dtype=torch.int64)))[:n]
         embedding = weights.embed_tokens.double()[tokens]
-        if form == "mimo" and i == 0:
+        if zero_first and i == 0:
             embedding[0] = 0
         parts = [
             norm(embedding, f"{prefix}{embedding_norm}"), norm(hidden, f"{prefix}{hidden_norm}")
         ]  # fmt: skip
-        if form == "mimo":
-            parts.reverse()
         stream = torch.cat(parts, -1) @ p[f"{prefix}{fuse}.weight"].T
         x = norm(stream, f"{layer}input_layernorm")
         q, gate = project(x, "q").reshape(n, spec.num_heads, -1), None
@@ -173,7 +173,8 @@ def dense_step(
     sums = torch.zeros(4, c.num_steps, dtype=torch.float64)
     loss = torch.zeros((), dtype=torch.float64)
     for sample in cases.separate(packed):
-        logits = dense_logits(p, form, weights, sample, c.num_steps)
+        zero = c.zero_first_embedding
+        logits = dense_logits(p, form, weights, sample, c.num_steps, zero_first=zero)
         teacher = sample.features["last"].double() @ weights.lm_head.double().T / c.temperature
         n = sample.num_tokens
         for i in range(c.num_steps):

@@ -21,9 +21,8 @@ class MtpConfig(Config):
         holds; where it holds none, that of the target's architecture, else "deepseek".
     start: "checkpoint", from the target's own layer; "fresh", random; "auto", the first where there
         is one (the log says which).
-    zero_first_embedding: the token that the row at position 0 reads counts as zeros. None: as the
-        servers of the form do it, where they agree: "mimo" yes, the others no. vLLM 0.32 does it
-        for "deepseek" too, SGLang 0.5.23 does not.
+    zero_first_embedding: the token that the row at position 0 reads counts as zeros: what vLLM 0.32
+        does for "deepseek" and SGLang 0.5.23 does not.
     loss: of a row against the target's distribution: "soft_ce" (forward KL up to a constant),
         "reverse_kl", "jsd", "l1" (twice the total variation), "lk_alpha", "lk_lambda" (arXiv
         2602.23881); or "labels", against the token that the text goes on with.
@@ -36,7 +35,7 @@ class MtpConfig(Config):
     step_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     form: FormName | Literal["auto"] = "auto"
     start: Literal["auto", "checkpoint", "fresh"] = "auto"
-    zero_first_embedding: bool | None = None
+    zero_first_embedding: bool = False
     loss: MtpLoss = "soft_ce"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     kl_scale: Annotated[float, Field(gt=0, le=1)] = 1.0

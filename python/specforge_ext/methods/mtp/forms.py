@@ -1,7 +1,7 @@
 """What the layer for multi-token prediction is called in checkpoints, and what kind it is.
 
-Read in vLLM 0.32 (deepseek_mtp, qwen3_next_mtp, qwen3_5_mtp, mimo_mtp) and SGLang 0.5.23
-(deepseek_nextn, qwen3_next_mtp, mimo_mtp), which agree but where docs/mtp.md says otherwise.
+Read in vLLM 0.32 (deepseek_mtp, qwen3_next_mtp, qwen3_5_mtp) and SGLang 0.5.23 (deepseek_nextn,
+qwen3_next_mtp, qwen3_5_mtp), which agree but where docs/mtp.md says otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from specforge_ext.nn.layer import LayerShape
 from specforge_ext.records import TargetSpec
 
-FormName = Literal["deepseek", "qwen3_next", "mimo"]
+FormName = Literal["deepseek", "qwen3_next"]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -25,9 +25,9 @@ class Form:
 
     prefix: of all tensors; {L} is the number of the target's layers, {next} one more. layer: of the
     decoder layer's, after it. embedding_norm, hidden_norm, fuse, output_norm: the parts around the
-    layer. next_prefix: where a second such layer would be. hidden_first: the order in which they
-    are put side by side. zero_centred: norms scale by 1 + weight. zeroes_first: see
-    MtpConfig.zero_first_embedding. copies: tensors that repeat the target's embedding and head.
+    layer, which reads the embedding first and the hidden state second. next_prefix: where a second
+    such layer would be. zero_centred: norms scale by 1 + weight. copies: tensors that repeat the
+    target's embedding and head.
     """
 
     name: FormName
@@ -38,9 +38,7 @@ class Form:
     hidden_norm: str
     fuse: str
     output_norm: str
-    hidden_first: bool = False
     zero_centred: bool = False
-    zeroes_first: bool = False
     copies: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, str]:
@@ -76,24 +74,11 @@ FORMS: dict[FormName, Form] = {
         output_norm="norm",
         zero_centred=True,
     ),
-    "mimo": Form(
-        name="mimo",
-        prefix="model.mtp_layers.0.",
-        layer="",
-        next_prefix="model.mtp_layers.1.",
-        embedding_norm="token_layernorm",
-        hidden_norm="hidden_layernorm",
-        fuse="input_proj",
-        output_norm="final_layernorm",
-        hidden_first=True,
-        zeroes_first=True,
-    ),
 }
 _ARCHITECTURES: dict[str, FormName] = {
     "qwen3_next": "qwen3_next",
     "qwen3_5": "qwen3_next",
     "qwen3_5_text": "qwen3_next",
-    "mimo": "mimo",
 }
 
 _REFUSED = {
@@ -181,12 +166,26 @@ def next_prefix_of(form: Form, target_layers: int) -> str:
 
 
 def find_form(names: Iterable[str], target_layers: int) -> Form | None:
-    """The form whose fusing projection is among a checkpoint's names."""
+    """The form whose fusing projection is among a checkpoint's names; None if no name speaks of
+    multi-token prediction. ValueError if one does, and is of neither form.
+    """
     found = set(names)
     for form in FORMS.values():
         if f"{prefix_of(form, target_layers)}{form.fuse}.weight" in found:
             return form
+    others = sorted(name for name in found if _speaks_of_mtp(name, target_layers))
+    if others:
+        known = [f"{prefix_of(form, target_layers)}{form.fuse}" for form in FORMS.values()]
+        raise ValueError(
+            f"mtp: the checkpoint has {others[0]} ({len(others)} such tensors); wanted a layer "
+            f"with {' or '.join(known)}. start: fresh makes a new one beside it"
+        )
     return None
+
+
+def _speaks_of_mtp(name: str, target_layers: int) -> bool:
+    words = ("mtp", "nextn", f"layers.{target_layers}.")
+    return any(word in name for word in words)
 
 
 def default_form(model_type: str) -> Form:

@@ -177,12 +177,10 @@ class MtpMethod:
         return kind_of(weights.last_layer, weights.spec, where="the target's last layer")
 
     def _shape(self, target: TargetSpec, form: Form, kind: LayerKind) -> MtpShape:
-        zeroes = self.config.zero_first_embedding
         return MtpShape(
             layer=shape_of(target),
             kind=kind,
             form=form,
-            zeroes_first=form.zeroes_first if zeroes is None else zeroes,
             vocab_size=target.vocab_size,
             target_layers=target.num_layers,
             rotary_dim=int(target.head_dim * target.partial_rotary_factor),

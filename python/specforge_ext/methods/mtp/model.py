@@ -43,7 +43,6 @@ class MtpShape:
     layer: LayerShape
     kind: LayerKind
     form: Form
-    zeroes_first: bool
     vocab_size: int
     target_layers: int
     rotary_dim: int
@@ -133,11 +132,9 @@ class MtpDraft(nn.Module):
         """Token ids [n], hidden states [n, H], positions [n] -> the layer's input [n, H]."""
         weight = self.fuse.weight
         embedding = F.embedding(tokens, self.embed_tokens).to(weight.dtype)
-        if self.shape.zeroes_first:
+        if self.config.zero_first_embedding:
             embedding = embedding * (positions != 0)[:, None]
-        parts = [self.embedding_norm(embedding), self.hidden_norm(hidden.to(weight.dtype))]
-        if self.shape.form.hidden_first:
-            parts.reverse()
+        parts = (self.embedding_norm(embedding), self.hidden_norm(hidden.to(weight.dtype)))
         out: Tensor = self.fuse(torch.cat(parts, dim=-1))
         return out
 
