@@ -4,11 +4,15 @@ out densely in float64.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import eagle3_cases as cases
 from specforge_ext.methods.mtp import MtpConfig, MtpMethod
@@ -195,3 +199,68 @@ def dense_step(
                 sums[1, i] += int(z.argmax()) == best
                 sums[3, i] += 1
     return loss, sums
+
+
+LAYERS = 3
+
+
+def write_target(path: Path, *, shards: bool = False, linear: bool = False) -> dict[str, Tensor]:
+    """A tiny Qwen 3.5 text model with its MTP layer, as a folder; the layer's tensors.
+
+    Attention is full in all layers, or every second one has the gated delta rule. Each layer adds
+    little to the residual stream, so that text is not noise. shards: several files and an index.
+    """
+    config = Qwen3_5TextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=[
+            "linear_attention" if linear and not i % 2 else "full_attention" for i in range(LAYERS)
+        ],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        max_position_embeddings=256,
+        mtp_num_hidden_layers=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = Qwen3_5ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    model.save_pretrained(path)
+    weights = path / "model.safetensors"
+    tensors = load_file(weights)
+    last = f"model.layers.{LAYERS - 1}."
+    if linear:
+        last = "model.layers.1."
+    layer = {
+        f"mtp.layers.0.{name.removeprefix(last)}": tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith(last)
+    }
+    generator = torch.Generator().manual_seed(1)
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        layer[f"mtp.{name}.weight"] = 0.1 * torch.randn(32, generator=generator)
+    layer["mtp.fc.weight"] = 0.3 * torch.randn(32, 64, generator=generator)
+    tensors |= layer
+    if not shards:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return layer
+    weights.unlink()
+    names = sorted(tensors)
+    table = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(names)}
+    # MTP layers lie at the end of real checkpoints, in few of the files.
+    table |= {name: "model-00003-of-00003.safetensors" for name in layer}
+    for file in set(table.values()):
+        save_file({n: tensors[n] for n in names if table[n] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": table})
+    )
+    return layer
