@@ -260,7 +260,6 @@ def write_target(path: Path, *, shards: bool = False, linear: bool = False) -> d
     table |= {name: "model-00003-of-00003.safetensors" for name in layer}
     for file in set(table.values()):
         save_file({n: tensors[n] for n in names if table[n] == file}, path / file)
-    (path / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": table})
-    )
+    index = json.dumps({"metadata": {}, "weight_map": table})
+    (path / "model.safetensors.index.json").write_text(index)
     return layer

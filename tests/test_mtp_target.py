@@ -34,11 +34,11 @@ def build(weights: TargetWeights, **config: object) -> tuple[MtpMethod, MtpDraft
     return method, method.build(weights, DraftVocab.full(weights.spec.vocab_size), seed=0)
 
 
-@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(("shards", "linear"), [(False, False), (True, True)])
 def test_the_layer_is_read_from_the_targets_files(
-    tmp_path: Path, shards: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, shards: bool, linear: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layer = cases.write_target(tmp_path / "target", shards=shards)
+    layer = cases.write_target(tmp_path / "target", shards=shards, linear=linear)
     weights = open_engine(tmp_path / "target").weights(device=CPU, last_layer=True)
     assert weights.spec.partial_rotary_factor == 0.25
     with caplog.at_level(logging.INFO, "specforge_ext"):
@@ -50,10 +50,9 @@ def test_the_layer_is_read_from_the_targets_files(
     assert draft.layer.gate_proj is not None and draft.rope.head_dim == 4
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_drafting_is_the_definition_and_lossless(tmp_path: Path, linear: bool) -> None:
+def test_drafting_is_the_definition_and_lossless(tmp_path: Path) -> None:
     """Real text of a real target: what is proposed is the best of the dense float64 logits."""
-    layer = cases.write_target(tmp_path / "target", linear=linear)
+    layer = cases.write_target(tmp_path / "target")
     engine = open_engine(tmp_path / "target")
     weights = engine.weights(device=CPU)
     method, draft = build(weights)
