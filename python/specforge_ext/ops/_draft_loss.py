@@ -282,11 +282,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     grads: list[Tensor | None] = [None, None]
     if grad_loss is not None:
         for k, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
-            grads[k] = _scaled(saved, grad_loss) if wanted else None
+            grads[k] = scaled(saved, grad_loss) if wanted else None
     return (*grads, *(None for _ in range(ctx.num_inputs - 2)))
 
 
-def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
+def scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     """saved * grad_loss, in the memory of `saved` where no later backward can want it.
 
     The head's gradient is the largest tensor of a step: a copy costs page faults and memory. With
