@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +29,12 @@ from specforge_ext.records import DraftVocab, TargetWeights
 from specforge_ext.runs.data import Dataset, read_dataset
 from specforge_ext.runs.finish import Finished, finish
 from specforge_ext.runs.link import ProducerLink, ProducerProcess
-from specforge_ext.runs.recipe import Recipe, load
+from specforge_ext.runs.recipe import Recipe, load, split_arguments
+from specforge_ext.runs.room import check_room
 from specforge_ext.runs.say import Say
 from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost
 from specforge_ext.trainer import StepSource, Trainer, TrainResult, World, open_world
-
-SAMPLE_SLACK_BYTES = 8192
-"""What rounding to whole pages and the alignment of tensors may cost a sample."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,8 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(name)s: %(message)s")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.getLogger("specforge_ext").setLevel(level)
-    named = bool(arguments) and "=" not in arguments[0]
     try:
-        recipe = load(arguments[0] if named else None, arguments[named:])
+        recipe = load(*split_arguments(arguments))
     except ValueError as error:
         print(f"specforge_ext: {error}", file=sys.stderr)
         return 2
@@ -201,32 +198,6 @@ def _connect(
     link = link or ProducerLink(path, timeout_s=timeout_s)
     stack.callback(link.close)
     return link
-
-
-def check_room(
-    steps: Sequence[GlobalStep],
-    lengths: Sequence[int],
-    bytes_per_token: int,
-    *,
-    in_flight: int,
-    capacity_bytes: int,
-) -> None:
-    """ValueError if the steps that ranks ask for together could fill the store and never leave it.
-
-    bytes_per_token: of features, as they lie in the store.
-    in_flight: steps a rank has asked for at a time, the one it receives included.
-    """
-    largest = max(steps, key=lambda step: sum(lengths[i] for i in step.samples))
-    tokens = sum(lengths[i] for i in largest.samples)
-    ids_and_mask = 4 + 1
-    needed = in_flight * (
-        tokens * (bytes_per_token + ids_and_mask) + len(largest.samples) * SAMPLE_SLACK_BYTES
-    )
-    if needed > capacity_bytes:
-        raise ValueError(
-            f"store.capacity_bytes: wanted at least {needed} for {in_flight} steps of up to "
-            f"{tokens} tokens (stream.in_flight_steps + 1), got {capacity_bytes}"
-        )
 
 
 def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict[str, Any]:

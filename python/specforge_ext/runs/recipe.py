@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from specforge_ext.config import Config, ConfigT, override, parse, read_yaml
 from specforge_ext.engines import ENGINES
 from specforge_ext.loader import OrderConfig, StreamConfig
-from specforge_ext.methods import METHODS
+from specforge_ext.methods import METHODS, LimitsDepth, Method
 from specforge_ext.registry import Registry, unknown_name
 from specforge_ext.runs.data import SPLITS, DataConfig, prompt_source
 from specforge_ext.store import STORES
@@ -103,6 +103,12 @@ def load(recipe: str | None, assignments: list[str]) -> Recipe:
     return build(override(read_yaml(find(recipe or "demo")), assignments))
 
 
+def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """`[RECIPE] [key.sub=value ...]` for `load`."""
+    named = bool(arguments) and "=" not in arguments[0]
+    return (arguments[0] if named else None), arguments[named:]
+
+
 def find(recipe: str) -> Path:
     path = Path(recipe)
     if path.is_file():
@@ -124,21 +130,35 @@ def build(data: dict[str, Any]) -> Recipe:
     texts = _section(DataConfig, data, "data")
     for split in SPLITS:
         prompt_source(getattr(texts, split), where=f"data.{split}")
+    method = _kind(METHODS, data, "method")
+    evaluation = _section(EvaluateConfig, data, "evaluate")
+    check_depth(METHODS.get(method[0])(method[1]), evaluation)
     return Recipe(
         name=data["name"],
         output_dir=Path(data.get("output_dir") or f"runs/{data['name']}"),
         run=_section(RunConfig, data, "run"),
         engine=_kind(ENGINES, data, "engine"),
         data=texts,
-        method=_kind(METHODS, data, "method"),
+        method=method,
         store=_store(data),
         order=_section(OrderConfig, data, "order"),
         stream=_section(StreamConfig, data, "stream"),
         trainer=_section(TrainerConfig, data, "trainer"),
-        evaluate=_section(EvaluateConfig, data, "evaluate"),
+        evaluate=evaluation,
         export=_section(ExportConfig, data, "export"),
         source=data,
     )
+
+
+def check_depth(method: Method, evaluation: EvaluateConfig) -> None:
+    """ValueError if evaluation would ask for more tokens in a round than the method can propose."""
+    if not isinstance(method, LimitsDepth) or not evaluation.num_prompts:
+        return
+    if evaluation.depth > method.max_depth:
+        raise ValueError(
+            f"evaluate.depth: wanted at most {method.max_depth}, which is what {method.name} "
+            f"proposes in a round with this config, got {evaluation.depth}"
+        )
 
 
 def _store(data: dict[str, Any]) -> tuple[str, StoreConfig]:
