@@ -75,7 +75,7 @@ def test_shipped_recipes_are_fine(name: str) -> None:
     result = check(load(name, []), ranks=4)
     assert result.problems == ()
     assert result.render().splitlines()[-1] == "OK"
-    assert result.memory is not None and result.memory.activations > 0
+    assert result.memory and all(m.activations > 0 for m in result.memory.values())
     if name in SHAPES:
         hidden, layers, vocab, width = SHAPES[name]
         text = dict(result.facts)
@@ -94,15 +94,14 @@ def test_numbers_of_a_known_draft() -> None:
     layer = 2 * hidden * (hidden + 2 * kv) + hidden * hidden + 3 * hidden * inner + 3 * hidden
     wanted = 3 * hidden * hidden + layer + hidden + 32000 * hidden
     text = dict(check(load("llama3.1-8b-eagle3", [])).facts)
-    assert text["draft"] == f"eagle3, {wanted:,} trained parameters"
+    assert text["draft"].startswith(f"eagle3, {wanted:,} trained parameters, up to ")
     assert text["wire"].startswith(f"{4 * hidden * 2 + 5:,} bytes a token")
     encoded = dict(check(load("llama3.1-8b-eagle3", ["store.encoding=fp8_e4m3_row"])).facts)
     assert encoded["wire"].startswith(f"{4 * hidden + 4 * 4 + 5:,} bytes a token")
 
 
 def test_shards_shrink_with_ranks_and_nothing_else_of_the_draft() -> None:
-    one, four = (check(load("qwen3-8b-eagle3", []), ranks=n).memory for n in (1, 4))
-    assert one is not None and four is not None
+    one, four = (check(load("qwen3-8b-eagle3", []), ranks=n).memory[""] for n in (1, 4))
     for part in ("parameters", "gradients", "moments"):
         assert getattr(one, part) == 4 * getattr(four, part)
     for part in ("gathered", "target", "loss"):
@@ -113,10 +112,9 @@ def test_shards_shrink_with_ranks_and_nothing_else_of_the_draft() -> None:
 def test_checkpointing_saves_activations() -> None:
     for name in ("llama3.1-8b-eagle3", "qwen3-8b-dflash"):
         less, more = (
-            check(load(name, [f"trainer.activation_checkpointing={on}"])).memory
+            check(load(name, [f"trainer.activation_checkpointing={on}"])).memory[""]
             for on in ("true", "false")
         )
-        assert less is not None and more is not None
         assert less.activations < 0.7 * more.activations
 
 

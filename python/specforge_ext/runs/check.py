@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from specforge_ext.engines import ENGINES
-from specforge_ext.methods import METHODS, Method
+from specforge_ext.loader import unite
+from specforge_ext.methods import Method
 from specforge_ext.records import FeatureLayout, TargetSpec, TargetWeights
 from specforge_ext.runs.data import prompt_source
-from specforge_ext.runs.estimate import Batch, Memory, memory, num_parameters, step_work
+from specforge_ext.runs.drafts import method_of
+from specforge_ext.runs.estimate import Batch, Memory, memory, num_parameters, step_work, together
 from specforge_ext.runs.recipe import Recipe
 from specforge_ext.runs.room import IDS_AND_MASK_BYTES, room_needed
 from specforge_ext.store import STORES
@@ -25,17 +27,27 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
+class _Built:
+    """A draft on the meta device. recipe: its own."""
+
+    name: str
+    recipe: Recipe
+    method: Method
+    draft: nn.Module
+
+
+@dataclass(frozen=True)
 class Checked:
     """facts: (name, text) to print. problems: with their keys; none, and the recipe may run.
 
-    notes: what may stand in the way on some machines or with some data. memory: of a rank; None
-    where there is a problem before it could be known.
+    notes: what may stand in the way on some machines or with some data. memory: of a rank, by
+    draft ("" for a single one), as far as problems let it be known.
     """
 
     facts: tuple[tuple[str, str], ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
-    memory: Memory | None
+    memory: dict[str, Memory]
 
     def render(self) -> str:
         """Lines for a person; the last one is OK, or how many problems there are."""
@@ -58,7 +70,7 @@ class _Check:
         self._facts: list[tuple[str, str]] = []
         self._problems: list[str] = []
         self._notes: list[str] = []
-        self._memory: Memory | None = None
+        self._memory: dict[str, Memory] = {}
 
     def run(self) -> Checked:
         kind, config = self._recipe.engine
@@ -73,7 +85,7 @@ class _Check:
         if (reason := factory.why_not_open(config)) is not None:
             self._notes.append(f"engine: {reason}")
         self._data(weights.spec)
-        self._draft(weights)
+        self._drafts(weights)
         return self._end()
 
     def _end(self) -> Checked:
@@ -107,26 +119,36 @@ class _Check:
                     f"order.{key}: is {budget}; a prompt of up to {longest} tokens does not fit"
                 )
 
-    def _draft(self, weights: TargetWeights) -> None:
-        kind, config = self._recipe.method
-        method: Method = METHODS.get(kind)(config)
-        try:
-            layout = method.layout(weights.spec)
-            vocab = method.vocab([], weights.spec)
-            with META:
-                draft = method.build(weights, vocab, seed=self._recipe.run.seed)
-        except ValueError as error:
-            self._problems.append(f"method.{error}")
+    def _drafts(self, weights: TargetWeights) -> None:
+        """All of them, and the one stream that they read."""
+        layouts: dict[str, FeatureLayout] = {}
+        built: list[_Built] = []
+        for name, part in self._recipe.parts.items():
+            where = f"drafts.{name}." if name else ""
+            method = method_of(part)
+            try:
+                layouts[name] = method.layout(weights.spec)
+                vocab = method.vocab([], weights.spec)
+                with META:
+                    draft = method.build(weights, vocab, seed=part.run.seed)
+            except ValueError as error:
+                self._problems.append(f"{where}method.{error}")
+                continue
+            if part.trainer.activation_checkpointing and not method.recompute_units(draft):
+                self._problems.append(
+                    f"{where}trainer.activation_checkpointing: wanted a method with recompute "
+                    f"units, got {method.name}, which has none"
+                )
+            built.append(_Built(name, part, method, draft))
+        if not layouts:
             return
-        recompute = self._recipe.trainer.activation_checkpointing
-        if recompute and not method.recompute_units(draft):
-            self._problems.append(
-                "trainer.activation_checkpointing: wanted a method with recompute units, "
-                f"got {kind}, which has none"
-            )
+        layout = unite(layouts).layout
         self._features(layout)
-        self._say("draft", f"{kind}, {num_parameters(draft):,} trained parameters")
-        self._step(method, draft, weights, layout)
+        self._micro_batch()
+        for one in built:
+            self._draft(one, weights, layouts[one.name], layout)
+        if len(built) > 1:
+            self._together()
 
     def _features(self, layout: FeatureLayout) -> None:
         for spec in layout.features:
@@ -173,34 +195,49 @@ class _Check:
             last = "; the last step of an epoch may be that large"
             yield text.format(most, tokens * 3 // 2) + last, False
 
-    def _step(
-        self, method: Method, draft: nn.Module, weights: TargetWeights, layout: FeatureLayout
+    def _micro_batch(self) -> None:
+        self._say("micro-batch", f"{self._batch_tokens:,} tokens")
+
+    @property
+    def _batch_tokens(self) -> int:
+        order = self._recipe.order
+        share = max(-(-order.batch_tokens // self._ranks), self._longest)
+        return min(share, order.micro_batch_tokens or share)
+
+    def _draft(
+        self, one: _Built, weights: TargetWeights, own: FeatureLayout, stream: FeatureLayout
     ) -> None:
-        recipe, longest = self._recipe, self._longest
-        on_cuda = recipe.trainer.precision == "bfloat16"
-        share = max(-(-recipe.order.batch_tokens // self._ranks), longest)
+        trainer, on_cuda = one.recipe.trainer, one.recipe.trainer.precision == "bfloat16"
+        prefix = f"{one.name} " if one.name else ""
         batch = Batch(
-            tokens=min(share, recipe.order.micro_batch_tokens or share),
-            longest=longest,
-            held=2 if on_cuda else 2 + recipe.stream.prefetch_steps,
-            feature_bytes=layout.bytes_per_token,
+            tokens=self._batch_tokens,
+            longest=self._longest,
+            held=2 if on_cuda else 2 + self._recipe.stream.prefetch_steps,
+            feature_bytes=(own if on_cuda else stream).bytes_per_token,
         )
-        work = step_work(method, weights, recipe.trainer, batch)
-        rows = f", up to {work.rows:,} rows through the draft" if work else ""
-        self._say("micro-batch", f"{batch.tokens:,} tokens{rows}")
-        self._memory = memory(
-            method,
-            draft,
+        work = step_work(one.method, weights, trainer, batch)
+        rows = f", up to {work.rows:,} rows of a micro-batch" if work else ""
+        count = num_parameters(one.draft)
+        self._say(f"{prefix}draft", f"{one.method.name}, {count:,} trained parameters{rows}")
+        found = memory(
+            one.method,
+            one.draft,
             weights,
-            recipe.trainer,
+            trainer,
             batch,
             ranks=self._ranks,
             device=torch.device("cuda" if on_cuda else "cpu"),
         )
-        for part in fields(self._memory):
-            self._say(f"memory {part.name}", size(getattr(self._memory, part.name)))
-        unknown = "" if work else f" without activations and loss, which {method.name} does not say"
-        self._say("memory total", f"{size(self._memory.total)} a rank at most{unknown}")
+        for part in fields(found):
+            self._say(f"{prefix}memory {part.name}", size(getattr(found, part.name)))
+        unknown = "" if work else f" without activations and loss, which {one.method.name} lacks"
+        self._say(f"{prefix}memory total", f"{size(found.total)} a rank at most{unknown}")
+        self._memory[one.name] = found
+
+    def _together(self) -> None:
+        """Drafts train one after the other: what a step needs is there for one at a time."""
+        total = together(list(self._memory.values()))
+        self._say("memory of all", f"{size(total)} a rank at most")
 
 
 def describe_target(spec: TargetSpec) -> str:

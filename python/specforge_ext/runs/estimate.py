@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -88,6 +88,18 @@ def memory(
         if work
         else 0,
     )
+
+
+def together(drafts: Sequence[Memory]) -> int:
+    """Bytes of several drafts on a rank, at most, trained one after the other at every step.
+
+    Shards are there for all; what a step needs is there for one at a time. Weights of the target
+    and features are counted once, as the largest: a draft may add copies of its own.
+    """
+    kept = sum(d.parameters + d.gradients + d.moments for d in drafts)
+    step = max(d.gathered + d.activations + d.loss for d in drafts)
+    shared = max(d.target for d in drafts) + max(d.features for d in drafts)
+    return kept + step + shared
 
 
 def step_work(
