@@ -148,7 +148,7 @@ class _Check:
         for one in built:
             self._draft(one, weights, layouts[one.name], layout)
         if len(built) > 1:
-            self._together()
+            self._together(weights)
 
     def _features(self, layout: FeatureLayout) -> None:
         for spec in layout.features:
@@ -234,9 +234,9 @@ class _Check:
         self._say(f"{prefix}memory total", f"{size(found.total)} a rank at most{unknown}")
         self._memory[one.name] = found
 
-    def _together(self) -> None:
+    def _together(self, weights: TargetWeights) -> None:
         """Drafts train one after the other: what a step needs is there for one at a time."""
-        total = together(list(self._memory.values()))
+        total = together(list(self._memory.values()), weights)
         self._say("memory of all", f"{size(total)} a rank at most")
 
 

@@ -75,13 +75,12 @@ def memory(
     shard = -(-whole // ranks)
     itemsize = 2 if trainer.precision == "bfloat16" else 4
     work = step_work(method, weights, trainer, batch)
-    kept = [weights.embed_tokens, weights.lm_head, weights.final_norm]
     return Memory(
         parameters=shard,
         gradients=shard,
         moments=MOMENTS * shard,
         gathered=whole * itemsize // 4 + whole,
-        target=distinct_bytes([*kept, *weights.last_layer.values(), *draft.buffers()]),
+        target=distinct_bytes([*_kept_of(weights), *draft.buffers()]),
         features=batch.held * batch.tokens * batch.feature_bytes,
         activations=work.saved_bytes if work else 0,
         loss=work.head_bytes + default_workspace_bytes(device, vocab=work.logits_vocab)
@@ -90,16 +89,17 @@ def memory(
     )
 
 
-def together(drafts: Sequence[Memory]) -> int:
+def together(drafts: Sequence[Memory], weights: TargetWeights) -> int:
     """Bytes of several drafts on a rank, at most, trained one after the other at every step.
 
-    Shards are there for all; what a step needs is there for one at a time. Weights of the target
-    and features are counted once, as the largest: a draft may add copies of its own.
+    Shards are there for all; what a step needs is there for one at a time. Features
+    count as the largest draft's, the target's weights once, what a draft copies of them each time.
     """
     kept = sum(d.parameters + d.gradients + d.moments for d in drafts)
     step = max(d.gathered + d.activations + d.loss for d in drafts)
-    shared = max(d.target for d in drafts) + max(d.features for d in drafts)
-    return kept + step + shared
+    target = distinct_bytes(_kept_of(weights))
+    copies = sum(d.target - target for d in drafts)
+    return kept + step + target + copies + max(d.features for d in drafts)
 
 
 def step_work(
@@ -115,6 +115,11 @@ def step_work(
         itemsize=2 if trainer.precision == "bfloat16" else 4,
         recompute=trainer.activation_checkpointing,
     )
+
+
+def _kept_of(weights: TargetWeights) -> list[Tensor]:
+    fixed = [weights.embed_tokens, weights.lm_head, weights.final_norm]
+    return [*fixed, *weights.last_layer.values()]
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

@@ -207,7 +207,7 @@ def _draft_name(entry: Any, *, where: str) -> str:
         raise ValueError(f"{where}: wanted a section, got {entry!r}")
     for key in entry:
         if key not in DRAFT_KEYS:
-            raise ValueError(f"{where}.{unknown_name('key', key, list(DRAFT_KEYS))}")
+            raise ValueError(f"{where}: {unknown_name('key', key, list(DRAFT_KEYS))}")
     name = entry.get("name")
     if not isinstance(name, str) or not _DRAFT_NAME.fullmatch(name) or name in _TAKEN:
         raise ValueError(
