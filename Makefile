@@ -5,7 +5,7 @@ CUDA ?= OFF
 BUILD ?= build/dev
 export PYTHONPATH := $(CURDIR)/python:$(PYTHONPATH)
 
-.PHONY: build stubs lint format test peers clean
+.PHONY: build stubs lint format test test-rdma peers clean
 
 build:
 	mkdir -p $(BUILD)
@@ -29,6 +29,10 @@ format:
 
 test:
 	$(PYTHON) -m pytest -q
+
+# The Mooncake stores over soft-RoCE in an emulated guest: root, apt, minutes (docs/stores.md).
+test-rdma:
+	$(PYTHON) tests/rigs/soft_roce/run.py
 
 # What benchmarks compare with and integrations patch. --no-deps: they pin other versions of torch and
 # transformers than ours.

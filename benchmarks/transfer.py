@@ -32,11 +32,12 @@ from pathlib import Path
 import torch
 
 from common import Report, Timing, Value, commit, machine
+from transfer_engines import ENGINES
 from transfer_peers import PEERS
 from transfer_processes import Fleet, Round
 from transfer_ways import MEMCPY, WAYS, Shared, Way
 
-ALL_WAYS = (*WAYS, *PEERS)
+ALL_WAYS = (*WAYS, *PEERS, *ENGINES)
 FLEETS = ((64, 1, 2), (64, 2, 2))
 """Sizes, producers and consumers of the full run besides one of each."""
 ROUNDS = {1: 101, 64: 31, 256: 9}

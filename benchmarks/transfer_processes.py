@@ -186,7 +186,7 @@ class ConsumerProcess:
         ends = zip(handles, self._links[name], strict=True)
         self._consumers[name] = [make(handle, link) for handle, link in ends]
 
-    def expect(self, name: str) -> None:
+    def expect(self) -> None:
         self._before = Cost.now()
 
     def consume(self, name: str, *, compare: bool) -> tuple[list[Arrival], Cost]:
@@ -333,10 +333,10 @@ class Fleet:
     def round(self, way: Way, *, compare: bool = False) -> Round:
         """DeliveryError if other bytes came than were sent."""
         receivers = [] if way.consumer is None else self._consumers
-        for worker in receivers:
-            worker.ask("expect", way.name)
         for worker in self._producers:
             worker.ask("prepare", way.name)
+        for worker in receivers:
+            worker.ask("expect")
         servers = self._server_cpu_s(way)
         for worker in receivers:
             worker.order("consume", way.name, compare=compare)

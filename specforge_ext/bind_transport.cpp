@@ -68,7 +68,7 @@ std::optional<uint32_t> write(Reservation& self, uint64_t offset, const py::buff
   expect_range(offset, nbytes, self.nbytes());
   const py::gil_scoped_release unlocked;
   if (with_checksum) return copy_crc32c(self.data() + offset, info.ptr, nbytes);
-  std::memcpy(self.data() + offset, info.ptr, nbytes);
+  copy_bytes(self.data() + offset, info.ptr, nbytes);
   return std::nullopt;
 }
 

@@ -23,14 +23,22 @@ from specforge_ext import _C
 from specforge_ext.records import SampleRef
 from specforge_ext.store import STORES, cuda_ipc
 from specforge_ext.store.base import StaleRef
+from store_cases import SLOWDOWN
 
-KINDS = ("shm", "shared_dir", "mooncake_store", "mooncake_p2p", "cuda_ipc")
+OVER_MOONCAKE = ("mooncake_store", "mooncake_p2p")
+PROTOCOL = os.environ.get("SPECFORGE_EXT_TEST_PROTOCOL", "tcp")
+"""Of the Mooncake stores. With rdma only they are tested, by `make test-rdma`."""
+LINK = {"protocol": PROTOCOL, "devices": os.environ.get("SPECFORGE_EXT_TEST_DEVICES", "")}
+KINDS = (*(("shm", "shared_dir", "cuda_ipc") if PROTOCOL == "tcp" else ()), *OVER_MOONCAKE)
+CARRIERS = {"shm": "memory", "shared_dir": "file", "cuda_ipc": "cuda"} | dict.fromkeys(
+    OVER_MOONCAKE, PROTOCOL
+)
 
 
 def settings_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What its config needs here. Without a GPU cuda_ipc gets a driver made of memfds; skips with
     the reason where a kind cannot be had."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(LINK) if kind in OVER_MOONCAKE else {}
     if kind == "cuda_ipc":
         settings["checksum"] = True
         if not torch.cuda.is_available():
@@ -164,8 +172,14 @@ FLIP: dict[str, Callable[[Any, SampleRef, int, int], None]] = {
 
 
 def receive(pipe: Connection) -> Any:
-    assert pipe.poll(60), "nothing came from the other process in 60 s"
+    wait_s = 60.0 * SLOWDOWN
+    assert pipe.poll(wait_s), f"nothing came from the other process in {wait_s:.0f} s"
     return pipe.recv()
+
+
+START = "spawn" if SLOWDOWN == 1 else "forkserver"
+"""Where importing takes a minute it is done once, by a process that does nothing else."""
+multiprocessing.set_forkserver_preload(["pytest", "torch", "specforge_ext.store"])
 
 
 @contextmanager
@@ -173,7 +187,7 @@ def started(
     child: Callable[..., None], *arguments: object
 ) -> Iterator[tuple[BaseProcess, Connection]]:
     """A fresh process with one end of a pipe; killed at the end if it still runs."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(theirs, *arguments))
     process.start()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import transfer
-import transfer_peers
+import transfer_engines
 import transfer_processes
 from transfer_processes import DeliveryError, Fleet
 from transfer_ways import (
@@ -145,7 +145,7 @@ def test_absent_ways_are_listed_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "nixl._api", None)
-    reason = transfer_peers.nixl_absent()
+    reason = transfer_engines.nixl_absent()
     assert reason is not None and "wanted pip install nixl" in reason
     path = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["transfer.py", "--ways", "nixl-read", "--json", str(path)])

@@ -72,6 +72,22 @@ def test_random_lengths_and_alignments_touch_nothing_else(path: str) -> None:
         assert (memory[:to] == 0xA5).all() and (memory[to + size :] == 0xA5).all()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_lengths_that_are_taken_in_parts(path: str) -> None:
+    """Around 256 KiB, where four parts begin, and off every multiple within a step of 512 bytes."""
+    source, target = random_bytes(3 << 18), torch.zeros(3 << 18, dtype=torch.uint8)
+    base = 1 << 18
+    sizes = [base + d for d in (-1, 0, 1, 63, 64, 255, 256, 257, 511, 512, 513, 700, 1024, 99_991)]
+    for i, size in enumerate(sizes):
+        data, crc = source[i : i + size], i * 0x01234567
+        wanted = table(data, crc)
+        assert _C.crc32c_by(path, data, crc) == wanted, size
+        for streams in (False, True):
+            out = target[i * 7 : i * 7 + size].zero_()
+            assert _C.copy_crc32c_by(path, out, data, crc, streams) == wanted, (size, streams)
+            assert torch.equal(out, data)
+
+
 def test_a_copy_that_goes_past_the_caches_by_itself() -> None:
     source = random_bytes((48 << 20) + 77)
     target = torch.empty_like(source)

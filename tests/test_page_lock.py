@@ -85,10 +85,11 @@ def read_all(reader: ShmReader, ref: SampleRef) -> None:
 def test_auto_without_cuda(
     no_cuda: None, arena: tuple[ShmWriter, SampleRef], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         reader = ShmStore.reader(arena[0].address())
     assert not reader.page_locked
     assert "not page-locked: torch sees no CUDA device" in caplog.text
+    assert not [r for r in caplog.records if r.levelno > logging.DEBUG]
     read_all(reader, arena[1])
 
 
@@ -114,7 +115,7 @@ def test_auto_in_a_process_that_does_not_use_cuda(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         assert not ShmStore.reader(arena[0].address()).page_locked
     assert "this process does not use CUDA" in caplog.text
     assert runtime.calls == []

@@ -130,7 +130,7 @@ def test_schema_is_what_is_exported(vocab_size: int | None) -> None:
 def test_config_json_is_what_vllm_reads() -> None:
     method, draft, weights = peagle.build(mask_token_id=9, aux_layer_ids=(3, 8))
     config = method.export(draft, weights.spec, dtype=torch.bfloat16).config
-    assert config["architectures"] == ["PEagleDraftModel"]
+    assert config["architectures"] == ["Eagle3LlamaForCausalLM"]
     assert config["mask_token_id"] == config["pard_token"] == config["ptd_token_id"] == 9
     assert config["num_hidden_layers"] == 2 and config["num_aux_hidden_states"] == 2
     key = "eagle_aux_hidden_state_layer_ids"

@@ -110,8 +110,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(500)
         self.end_headers()
         self.wfile.write(b"out of tokens")
+titled = subprocess.Popen(["sleep", "300"], env={})  # as if a title had been written over it
 child = subprocess.Popen(["sleep", "300"], start_new_session=True)
-print("child", child.pid, flush=True)
+print("child", child.pid, "titled", titled.pid, flush=True)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else signal.SIG_DFL)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
@@ -135,7 +136,7 @@ def test_nothing_of_a_server_outlives_it(
 ) -> None:
     monkeypatch.setattr(servers, "END_S", 2.0)
     with launch(tmp_path / "log", SERVER, manner) as server:
-        _, temporary, _, shared, _, child = (tmp_path / "log").read_text().split()[:6]
+        _, temporary, _, shared, _, child, _, titled = (tmp_path / "log").read_text().split()[:8]
         assert alive(int(child)) and server.get("/health") == ""
         assert Path(temporary, "left").exists() and Path(shared).exists()
         with pytest.raises(
@@ -143,7 +144,7 @@ def test_nothing_of_a_server_outlives_it(
         ):
             server.post("/x", {})
     assert server.popen.poll() is not None
-    assert wait_for(lambda: not alive(int(child)), seconds=5.0)
+    assert wait_for(lambda: not alive(int(child)) and not alive(int(titled)), seconds=5.0)
     assert not Path(temporary).exists() and not Path(shared).exists()
     with pytest.raises(ServerFailed, match=r"GET .*/health: .*refused"):
         server.get("/health")

@@ -80,7 +80,7 @@ def feature_bytes(data: StepData) -> int:
         ("shm", {"engine": 1.0, "collate": 1.0}),
         ("shared_dir", {"engine": 1.0, "put": 1.0, "collate": 1.0}),
         ("mooncake_p2p", {"engine": 1.0, "transfer": 1.0, "collate": 1.0}),
-        ("mooncake_store", {"engine": 1.0, "put": 1.0, "transfer": 2.0, "collate": 1.0}),
+        ("mooncake_store", {"engine": 1.0, "put": 1.0, "transfer": 1.0, "collate": 1.0}),
     ],
 )
 def test_what_each_store_copies(

@@ -16,7 +16,7 @@ namespace sf {
 namespace {
 
 // Measured: from here on stores past the caches win. Below, the copy is about to be read again.
-constexpr size_t kStreamBytes = size_t{48} << 20;
+constexpr size_t kStreamBytes = size_t{32} << 20;
 
 using Table = std::array<std::array<uint32_t, 256>, 8>;
 
@@ -188,6 +188,14 @@ uint32_t crc32c_table(const void* data, size_t nbytes, uint32_t crc) {
 uint32_t copy_crc32c(void* dst, const void* src, size_t nbytes, uint32_t crc) {
   return ~best_path().copy(~crc, static_cast<uint8_t*>(dst), static_cast<const uint8_t*>(src),
                            nbytes, nbytes >= kStreamBytes);
+}
+
+void copy_bytes(void* dst, const void* src, size_t nbytes) {
+  if (has_fold()) {
+    copy_crc32c(dst, src, nbytes);
+  } else if (nbytes != 0) {  // else the pointers may be null
+    std::memcpy(dst, src, nbytes);
+  }
 }
 
 // The inversions before and after cancel: those of a's end and of b's start are the same bits.

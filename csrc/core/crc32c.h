@@ -12,9 +12,12 @@ namespace sf {
 // by b).
 uint32_t crc32c(const void* data, size_t nbytes, uint32_t crc = 0);
 
-// memcpy and checksum in one pass: each byte is read once. From 48 MiB on the stores go past the
+// memcpy and checksum in one pass: each byte is read once. From 32 MiB on the stores go past the
 // caches. The ranges must not overlap.
 uint32_t copy_crc32c(void* dst, const void* src, size_t nbytes, uint32_t crc = 0);
+
+// memcpy by the pass above where that is the faster one (AVX-512), its checksum thrown away.
+void copy_bytes(void* dst, const void* src, size_t nbytes);
 
 // Checksum of a followed by b, from those of a and of the `nbytes` bytes of b.
 uint32_t crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);

@@ -30,6 +30,14 @@ namespace {
 constexpr size_t kBlock = 64;          // bytes of one register
 constexpr size_t kGroup = 4 * kBlock;  // the multiplication takes 4 cycles and starts every one
 
+// Large buffers are taken in parts side by side: more pages of DRAM are open, and more fetches
+// under way, than one front reaches (64 MiB, copy 7.5 -> 5.1 ms, check 5.3 -> 4.6, where memcpy
+// takes 8).
+constexpr size_t kParts = 4;
+constexpr size_t kPartGroup = 2 * kBlock;
+constexpr size_t kPartsStep = kParts * kPartGroup;
+constexpr size_t kPartsBytes = size_t{256} << 10;  // from here on they pay for being joined
+
 struct FoldBy {
   uint64_t high, low;
 };
@@ -39,8 +47,8 @@ constexpr FoldBy fold_by(uint64_t bits) {
   return {uint64_t{gf2::x_to(bits + 63)} << 32, uint64_t{gf2::x_to(bits - 1)} << 32};
 }
 
-constexpr FoldBy kByGroup = fold_by(8 * kGroup), kByBlock = fold_by(8 * kBlock),
-                 kByLane = fold_by(128);
+constexpr FoldBy kByGroup = fold_by(8 * kGroup), kByPartGroup = fold_by(8 * kPartGroup),
+                 kByBlock = fold_by(8 * kBlock), kByLane = fold_by(128);
 
 SF_FOLD_INLINE __m512i constants(FoldBy by) {
   return _mm512_broadcast_i32x4(
@@ -86,16 +94,19 @@ SF_FOLD_INLINE uint32_t short_update(uint32_t crc, const uint8_t* p, size_t n) {
 
 // What happens to a block once it is in a register.
 struct Nothing {
+  Nothing from(size_t) const { return {}; }
   SF_FOLD_INLINE void operator()(size_t, __m512i) const {}
 };
 struct Store {
   uint8_t* to;
+  Store from(size_t at) const { return {to + at}; }
   SF_FOLD_INLINE void operator()(size_t at, __m512i block) const {
     _mm512_storeu_si512(to + at, block);
   }
 };
 struct StreamStore {
   uint8_t* to;  // a multiple of 64
+  StreamStore from(size_t at) const { return {to + at}; }
   SF_FOLD_INLINE void operator()(size_t at, __m512i block) const {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), block);
   }
@@ -132,6 +143,56 @@ SF_FOLD_INLINE uint32_t fold_blocks(uint32_t crc, const uint8_t* p, size_t n, co
   return reduce(joined);
 }
 
+// The same for n a multiple of kPartsStep. Parts but the first start from nothing; what is before a
+// part is joined to it by going over the part's bytes.
+template <class Sink>
+SF_FOLD_INLINE uint32_t fold_parts(uint32_t crc, const uint8_t* p, size_t n, const Sink& sink) {
+  const size_t part = n / kParts;
+  __m512i lanes[kParts][2];
+  for (size_t i = 0; i < kParts; ++i) {
+    for (size_t k = 0; k < 2; ++k) {
+      lanes[i][k] = _mm512_loadu_si512(p + i * part + k * kBlock);
+      sink(i * part + k * kBlock, lanes[i][k]);
+    }
+  }
+  lanes[0][0] = _mm512_xor_si512(lanes[0][0],
+                                 _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
+  const __m512i by_group = constants(kByPartGroup), by_block = constants(kByBlock);
+  for (size_t at = kPartGroup; at < part; at += kPartGroup) {
+#pragma GCC unroll 4
+    for (size_t i = 0; i < kParts; ++i) {
+#pragma GCC unroll 2
+      for (size_t k = 0; k < 2; ++k) {
+        const __m512i next = _mm512_loadu_si512(p + i * part + at + k * kBlock);
+        lanes[i][k] = fold(lanes[i][k], by_group, next);
+        sink(i * part + at + k * kBlock, next);
+      }
+    }
+  }
+  const uint32_t over_part = gf2::over_bytes(part);
+  uint32_t joined = 0;
+  for (const auto& lane : lanes) {
+    joined = gf2::multiply(joined, over_part) ^ reduce(fold(lane[0], by_block, lane[1]));
+  }
+  return joined;
+}
+
+// Checksum of the first bytes, and how many those were: less than kGroup are left.
+template <class Sink>
+SF_FOLD_INLINE size_t fold_most(uint32_t& crc, const uint8_t* p, size_t n, const Sink& sink) {
+  size_t done = 0;
+  if (n >= kPartsBytes) {
+    done = n / kPartsStep * kPartsStep;
+    crc = fold_parts(crc, p, done, sink);
+  }
+  if (n - done >= kGroup) {
+    const size_t folded = (n - done) / kBlock * kBlock;
+    crc = fold_blocks(crc, p + done, folded, sink.from(done));
+    done += folded;
+  }
+  return done;
+}
+
 }  // namespace
 
 bool has_fold() {
@@ -141,9 +202,8 @@ bool has_fold() {
 }
 
 SF_FOLD uint32_t update_fold(uint32_t crc, const uint8_t* p, size_t n) {
-  const size_t folded = n < kGroup ? 0 : n / kBlock * kBlock;
-  if (folded > 0) crc = fold_blocks(crc, p, folded, Nothing{});
-  return short_update(crc, p + folded, n - folded);
+  const size_t done = fold_most(crc, p, n, Nothing{});
+  return short_update(crc, p + done, n - done);
 }
 
 SF_FOLD uint32_t copy_fold(uint32_t crc, uint8_t* to, const uint8_t* from, size_t n, bool streams) {
@@ -156,13 +216,10 @@ SF_FOLD uint32_t copy_fold(uint32_t crc, uint8_t* to, const uint8_t* from, size_
     from += head;
     n -= head;
   }
-  const size_t folded = n < kGroup ? 0 : n / kBlock * kBlock;
-  if (folded > 0) {
-    crc = streams ? fold_blocks(crc, from, folded, StreamStore{to})
-                  : fold_blocks(crc, from, folded, Store{to});
-  }
-  crc = short_update(crc, from + folded, n - folded);
-  std::memcpy(to + folded, from + folded, n - folded);
+  const size_t done =
+      streams ? fold_most(crc, from, n, StreamStore{to}) : fold_most(crc, from, n, Store{to});
+  crc = short_update(crc, from + done, n - done);
+  std::memcpy(to + done, from + done, n - done);
   if (streams) _mm_sfence();  // before anyone is told that the bytes are there
   return crc;
 }

@@ -18,7 +18,7 @@ const Fp8Kernels kFp8Plain = kKernels;
 namespace {
 
 constexpr int64_t kBytesPerThread = 256 << 10;       // below it, waking a thread costs more
-constexpr int64_t kStreamBytes = int64_t{48} << 20;  // as in core/crc32c.cpp
+constexpr int64_t kStreamBytes = int64_t{48} << 20;  // docs/kernels.md
 constexpr int kMaxParts = 64;
 
 const Fp8Kernels& kernels() {

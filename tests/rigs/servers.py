@@ -149,7 +149,7 @@ def running(
             _until_ready(server, ready, start_s)
             yield server
         finally:
-            shared = {path for pid in marked(mark) for path in shared_files(pid)}
+            shared = {path for pid in marked(mark, popen.pid) for path in shared_files(pid)}
             _end(popen, mark)
             for path in shared:
                 path.unlink(missing_ok=True)
@@ -186,7 +186,7 @@ def _end(popen: subprocess.Popen[bytes], mark: str) -> None:
         with suppress(subprocess.TimeoutExpired):
             popen.wait(timeout=END_S)
     until = time.monotonic() + END_S
-    while left := marked(mark):
+    while left := marked(mark, popen.pid):
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -197,12 +197,18 @@ def _end(popen: subprocess.Popen[bytes], mark: str) -> None:
     popen.wait(timeout=END_S)
 
 
-def marked(mark: str) -> list[int]:
-    """Ids of living processes with this mark in their environment."""
+def marked(mark: str, session: int) -> list[int]:
+    """Ids of living processes with this mark in their environment, or of this session.
+
+    The mark finds those that left the session; the session finds those whose environment is gone
+    from /proc because they wrote a title over it, as vLLM's and SGLang's workers do.
+    """
     wanted, found = f"{MARKER}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended, or is another user's
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+            state, _, _, its_session = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+            here = int(its_session) == session
+            if state != "Z" and (here or wanted in (folder / "environ").read_bytes().split(b"\0")):
                 found.append(int(folder.name))
     return found
 

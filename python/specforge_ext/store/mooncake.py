@@ -7,9 +7,13 @@ ports listen on every interface; keep them within a network that is trusted.
 from __future__ import annotations
 
 import importlib
+import os
+import resource
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,9 +26,11 @@ from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, Tran
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's name for: no metadata server, peers ask each other."""
+FORCE_TCP = "MC_FORCE_TCP"
 POOL_SLOTS = 4096
 T = TypeVar("T")
 Protocol = Literal["tcp", "rdma"]
+_ENVIRONMENT = threading.Lock()
 
 
 class MooncakeConfig(StoreConfig):
@@ -73,20 +79,68 @@ def module(name: str) -> Any:
 
 def transfer_engine(host: str, protocol: Protocol, devices: str) -> Any:
     """Mooncake's engine, listening. StoreError without package or device."""
-    expect_protocol(protocol)
+    expect_protocol(protocol, devices)
     engine = module("mooncake.engine").TransferEngine()
-    code = engine.initialize(host, HANDSHAKE, protocol, devices)
+    with only(protocol):
+        code = engine.initialize(host, HANDSHAKE, protocol, devices)
     if code != 0:
         raise StoreError(f"Mooncake could not listen on {host} over {protocol}: error {code}")
     return engine
 
 
-def expect_protocol(protocol: Protocol) -> None:
+def expect_protocol(protocol: Protocol, devices: str) -> None:
     """StoreError if it is not to be had: Mooncake itself would use TCP and say nothing."""
-    if protocol == "rdma" and not (INFINIBAND.is_dir() and any(INFINIBAND.iterdir())):
+    if protocol != "rdma":
+        return
+    if FORCE_TCP in os.environ:
+        raise StoreError(f"store.protocol: wanted rdma, but {FORCE_TCP} is set")
+    found = sorted(path.name for path in INFINIBAND.iterdir()) if INFINIBAND.is_dir() else []
+    if not found:
         raise StoreError(
             f"store.protocol: wanted rdma, but {INFINIBAND} has no device; tcp has to be asked for"
         )
+    wanted = devices.split(",") if devices else found
+    if missing := set(wanted) - set(found):
+        raise StoreError(
+            f"store.devices: wanted {', '.join(sorted(missing))}, "
+            f"but {INFINIBAND} has {', '.join(found)}"
+        )
+    if not any(_has_active_port(INFINIBAND / name) for name in wanted):
+        raise StoreError(
+            f"store.protocol: wanted rdma, but no port of {', '.join(wanted)} is active"
+        )
+
+
+def registration_error(nbytes: int, code: int) -> StoreError:
+    return StoreError(
+        f"Mooncake refused to register {nbytes} bytes: error {code}, {memlock_limit()}"
+    )
+
+
+def memlock_limit() -> str:
+    """For errors: RDMA locks what is registered, and only root may lock as much as it wants."""
+    nbytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return f"memlock limit {'none' if nbytes == resource.RLIM_INFINITY else nbytes}"
+
+
+@contextmanager
+def only(protocol: Protocol) -> Iterator[None]:
+    """For the making of an engine, which does not heed the protocol that it is given: it uses RDMA
+    where there is a device, but for an environment variable."""
+    with _ENVIRONMENT:
+        if protocol == "rdma" or FORCE_TCP in os.environ:
+            yield
+            return
+        os.environ[FORCE_TCP] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[FORCE_TCP]
+
+
+def _has_active_port(device: Path) -> bool:
+    states = (device / "ports").glob("*/state")
+    return any(state.read_text().strip().endswith("ACTIVE") for state in states)
 
 
 def capabilities_over(kind: str, protocol: str) -> Capabilities:
@@ -116,6 +170,19 @@ def is_reachable(address: str, *, timeout_s: float) -> bool:
     return True
 
 
+def has_ended(address: str) -> bool:
+    """Whether the host says that nobody listens at "host:port". One that says nothing may only be
+    slow."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @dataclass(frozen=True)
 class _Quarantined:
     slot: _C.ArenaReservation
@@ -135,7 +202,7 @@ class Pool:
         self.region = self._arena.regions[1]
         code = register(*self.region)
         if code != 0:
-            raise StoreError(f"Mooncake refused to register {nbytes} bytes: error {code}")
+            raise registration_error(nbytes, code)
 
     def acquire(self, nbytes: int, timeout_s: float) -> _C.ArenaReservation:
         """Room to write to. StoreFull, TransferTimeout."""

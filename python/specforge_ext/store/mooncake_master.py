@@ -75,7 +75,10 @@ class Master:
 
     def _wait(self, metrics_port: int) -> None:
         deadline = time.monotonic() + READY_S
-        while not _is_healthy(metrics_port):
+        # Its metrics are up before it listens for clients.
+        while not (
+            _is_healthy(metrics_port) and mooncake.is_reachable(self.address, timeout_s=1.0)
+        ):
             if self._process.poll() is not None:
                 raise StoreError(
                     f"mooncake_master ended with code {self._process.returncode}; its log ends:\n"

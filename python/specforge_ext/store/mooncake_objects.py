@@ -40,12 +40,22 @@ class Address(Config):
 
 
 def connect(
-    package: Any, host: str, master: str, *, protocol: str, devices: str, segment_bytes: int
+    package: Any,
+    host: str,
+    master: str,
+    *,
+    protocol: mooncake.Protocol,
+    devices: str,
+    segment_bytes: int,
 ) -> Any:
     client = package.MooncakeDistributedStore()
-    code = client.setup(host, mooncake.HANDSHAKE, segment_bytes, 0, protocol, devices, master)
+    with mooncake.only(protocol):
+        code = client.setup(host, mooncake.HANDSHAKE, segment_bytes, 0, protocol, devices, master)
     if code != 0:
-        raise StoreError(f"Mooncake could not join {master} over {protocol}: error {code}")
+        raise StoreError(
+            f"Mooncake could not join {master} over {protocol} with {segment_bytes} bytes: "
+            f"error {code}, {mooncake.memlock_limit()}"
+        )
     return client
 
 

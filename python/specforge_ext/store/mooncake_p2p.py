@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from specforge_ext import _C
-from specforge_ext.config import Config, parse_json
+from specforge_ext.config import parse_json
 from specforge_ext.copies import copied
 from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import mooncake, payload
@@ -35,40 +35,21 @@ from specforge_ext.store.base import (
     StoreError,
     TransferTimeout,
 )
+from specforge_ext.store.mooncake_slots import EPOCH_AT, PAGE_BYTES, READY, SLOT_BYTES, Address
 from specforge_ext.store.reserving import ForwardedReservation
 from specforge_ext.store.shm import ShmConfig, ShmHealth, ShmWriter
 
 log = logging.getLogger(__name__)
 
-PAGE_BYTES = 4096
-SLOT_BYTES = 64
-EPOCH_AT = 40
-"""In the arena's header (csrc/transport/layout.h)."""
-READY = (2, 3)
-"""States of a slot that may be read (csrc/transport/slot_word.h): ready, and leased on its host."""
 LOOK_EVERY_S = (0.002, 0.05)
 POLL_EVERY_S = (0.00005, 0.001)
+LOST_EVERY_S = 1.0
 
 
 class MooncakeP2PConfig(mooncake.MooncakeConfig):
     """max_slots: samples that may lie in the arena at the same time."""
 
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
-
-
-class Address(Config):
-    """What a reader has to know. slots, payload, acks: addresses in the producer's memory."""
-
-    peer: str = Field(pattern=r"^[^:\s]+:\d+$")
-    protocol: mooncake.Protocol
-    devices: str
-    slots: int = Field(gt=0, lt=1 << 63)
-    payload: int = Field(gt=0, lt=1 << 63)
-    acks: int = Field(gt=0, lt=1 << 63)
-    max_slots: int = Field(gt=0, le=1 << 20)
-    payload_bytes: int = Field(gt=0, le=1 << 46)
-    pool_bytes: int = Field(gt=0, le=1 << 46)
-    read_timeout_s: float = Field(gt=0)
 
 
 class MooncakeP2PStore:
@@ -113,7 +94,7 @@ class MooncakeP2PWriter:
         slots, data = self._shm.regions
         for address, nbytes in (slots, data, (self._acks.ctypes.data, self._acks.nbytes)):
             if (code := self._engine.register_memory(address, nbytes)) != 0:
-                raise StoreError(f"Mooncake refused to register {nbytes} bytes: error {code}")
+                raise mooncake.registration_error(nbytes, code)
         self._store = f"mooncake_p2p:{self._shm.epoch:016x}"
         self._address = Address(
             peer=f"{host}:{self._engine.get_rpc_port()}",
@@ -363,18 +344,30 @@ class MooncakeP2PReader:
             if batch is not None and batch > 0:
                 pending.append(batch)
             failed = failed or (batch is not None and batch <= 0)
-        wait = mooncake.Pauses(*POLL_EVERY_S, self._at.read_timeout_s)
-        while True:
-            statuses = self._poll(pending)
-            failed = failed or -1 in statuses
-            if not pending:
-                break
-            if not wait.sleep():
-                self._pool.quarantine(slot, lambda: self._is_over(pending))
-                raise TransferTimeout(f"{what} at {self._at.peer}", wait.waited_s)
+        try:
+            failed = self._wait(what, pending) or failed
+        except StoreError:
+            self._pool.quarantine(slot, lambda: self._is_over(pending))
+            raise
         if failed:
             slot.abort()
             raise self._lost(what)
+
+    def _wait(self, what: str, pending: list[int]) -> bool:
+        """Until none is left; whether any failed. TransferTimeout; ProducerLost, for an RDMA read
+        of a process that was killed may stay without an answer."""
+        wait = mooncake.Pauses(*POLL_EVERY_S, self._at.read_timeout_s)
+        look_s, failed = LOST_EVERY_S, False
+        while True:
+            failed = -1 in self._poll(pending) or failed
+            if not pending:
+                return failed
+            if wait.waited_s > look_s:
+                look_s = wait.waited_s + LOST_EVERY_S
+                if mooncake.has_ended(self._at.peer):
+                    raise ProducerLost(f"{what}: the producer at {self._at.peer} has ended")
+            if not wait.sleep():
+                raise TransferTimeout(f"{what} at {self._at.peer}", wait.waited_s)
 
     def _is_over(self, pending: list[int]) -> bool:
         self._poll(pending)

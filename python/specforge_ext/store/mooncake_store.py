@@ -78,7 +78,7 @@ class MooncakeStoreWriter:
     """Any thread may put."""
 
     def __init__(self, config: MooncakeStoreConfig) -> None:
-        mooncake.expect_protocol(config.protocol)
+        mooncake.expect_protocol(config.protocol, config.devices)
         package = mooncake.module("mooncake.store")
         self._config = config
         self._epoch = secrets.token_hex(8)
@@ -95,8 +95,10 @@ class MooncakeStoreWriter:
             self._master_address = config.master
         if not mooncake.is_reachable(self._master_address, timeout_s=objects.MASTER_S):
             raise StoreError(f"store.master: nobody listens at {self._master_address}")
-        # One more step: the object that says that we live, and room lost to fragmentation.
-        steps = -(-config.capacity_bytes // objects.SEGMENT_STEP_BYTES) + 1
+        # Mooncake rounds sizes up to eighths of a power of two. One more step: the object that says
+        # that we live, and room lost to fragmentation.
+        rounded_bytes = config.capacity_bytes * 9 // 8
+        steps = -(-rounded_bytes // objects.SEGMENT_STEP_BYTES) + 1
         self._client = objects.connect(
             package,
             config.host or mooncake.local_host(self._master_address.rpartition(":")[0]),

@@ -35,7 +35,7 @@ class MooncakeStoreReader:
         self._epoch = match[1]
         self._store = f"mooncake_store:{self._epoch}"
         self._address = parse_json(objects.Address, match[2], where="address")
-        mooncake.expect_protocol(self._address.protocol)
+        mooncake.expect_protocol(self._address.protocol, self._address.devices)
         package = mooncake.module("mooncake.store")
         master = self._address.master
         if not mooncake.is_reachable(master, timeout_s=objects.MASTER_S):

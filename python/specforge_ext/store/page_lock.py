@@ -43,7 +43,9 @@ def lock_pages(
         return lambda: _unregister(address, what)
     if mode == "on":
         raise StoreError(f"{what}: store.page_lock: wanted on, but {reason}")
-    log.info("%s: not page-locked: %s", what, reason)
+    # Nobody misses it where CUDA is not in use.
+    level = logging.INFO if cuda.is_initialized() else logging.DEBUG
+    log.log(level, "%s: not page-locked: %s", what, reason)
     return None
 
 

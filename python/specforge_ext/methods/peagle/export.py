@@ -1,7 +1,7 @@
 """P-EAGLE checkpoints as vLLM (0.16 and later) loads them, under SpecForge's names.
 
 `vllm serve` wants `"parallel_drafting": true` beside `"method": "eagle3"` in its speculative
-config. SGLang 0.5.23 has no parallel drafting; it knows no `PEagleDraftModel`, so it refuses.
+config. SGLang 0.5.23 has no parallel drafting: see `ARCHITECTURE`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from specforge_ext.methods.peagle.config import PEagleConfig
 from specforge_ext.methods.peagle.model import PEagleDraft
 from specforge_ext.records import DraftCheckpoint, TargetSpec, TargetWeights
 
+ARCHITECTURE = "Eagle3LlamaForCausalLM"
+"""With method "eagle3" vLLM puts "Eagle3" before other names (SpecForge's `PEagleDraftModel`), and
+knows none of that kind. SGLang knows `LlamaForCausalLMEagle3` but not this one, so it cannot take
+the draft for a chain draft.
+"""
 MASK_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 """Of the mask token: vLLM 0.32 takes the first that is there; older versions know the others."""
 
@@ -41,7 +46,7 @@ def to_checkpoint(
     if draft.shape.draft_vocab_size < draft.shape.vocab_size:
         tensors["d2t"], tensors["t2d"] = draft.d2t.cpu().clone(), draft.t2d.cpu().clone()
     config = base_config(draft.shape, target, dtype)
-    config["architectures"] = ["PEagleDraftModel"]
+    config["architectures"] = [ARCHITECTURE]
     config["num_hidden_layers"] = draft.config.num_layers
     config |= dict.fromkeys(MASK_KEYS, draft.mask_token_id)
     if draft.shape.num_features != 3:
