@@ -1,4 +1,4 @@
-"""`specforge-ext <command>`: info, train, convert, merge."""
+"""`specforge-ext <command>`: info, check, train, convert, merge."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from pathlib import Path
 
 from specforge_ext.export import FORMATS, convert, merge_export
 from specforge_ext.runs import local
+from specforge_ext.runs.check import check
 from specforge_ext.runs.info import describe
+from specforge_ext.runs.recipe import load, split_arguments
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="specforge-ext", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, build, devices, kernels, transports, engines")
+    look = commands.add_parser("check", help="what a recipe asks for and costs; loads no model")
+    look.add_argument("arguments", nargs="*", metavar="RECIPE|key.sub=value")
+    look.add_argument("--ranks", type=int, default=1, metavar="N", help="of the trainer (1)")
     run = commands.add_parser("train", help="what torchrun -m specforge_ext.train does")
     run.add_argument("arguments", nargs="*", metavar="RECIPE|key.sub=value")
     _add_convert(commands.add_parser("convert", help="a draft's checkpoint to another format"))
@@ -29,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if parsed.command == "merge":
         return _merge(parsed.export, parsed.target, parsed.out)
+    if parsed.command == "check":
+        return _check(parsed.arguments, ranks=parsed.ranks)
     return local.main(parsed.arguments)
 
 
@@ -77,6 +84,21 @@ def _merge(export: Path, target: Path, out: Path) -> int:
         return 2
     print(f"{out}: {len(written)} file(s) written, the others are links to {target}")
     return 0
+
+
+def _check(arguments: list[str], *, ranks: int) -> int:
+    """0 if the recipe is fine, 1 if it has problems, 2 if it is not a recipe."""
+    if ranks < 1:
+        print(f"specforge-ext: --ranks: wanted 1 or more, got {ranks}", file=sys.stderr)
+        return 2
+    try:
+        recipe = load(*split_arguments(arguments))
+    except ValueError as error:
+        print(f"problem: {error}", file=sys.stderr)
+        return 2
+    result = check(recipe, ranks=ranks)
+    print(result.render())
+    return 1 if result.problems else 0
 
 
 if __name__ == "__main__":

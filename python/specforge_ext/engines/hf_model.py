@@ -104,7 +104,7 @@ def wrap_model(model: Any, *, name: str) -> TargetModel:
         config=config,
         base=base,
         embed_tokens=model.get_input_embeddings(),
-        layers=_layers(base, config.num_hidden_layers, name),
+        layers=layers_of(base, config.num_hidden_layers, name),
         norm=_final_norm(base, name),
         lm_head=model.get_output_embeddings(),
     )
@@ -181,7 +181,7 @@ def _eos_ids(model: Any) -> tuple[int, ...]:
     return tuple(sorted({eos} if isinstance(eos, int) else set(eos)))
 
 
-def _layers(base: nn.Module, num_layers: int, name: str) -> Sequence[Any]:
+def layers_of(base: nn.Module, num_layers: int, name: str) -> Sequence[Any]:
     lists = [
         child
         for child in base.children()

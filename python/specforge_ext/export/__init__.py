@@ -1,4 +1,4 @@
-"""Draft checkpoints: writer, strict reader, proof of equality, other formats, merge into targets."""
+"""Checkpoints of drafts: writer, strict reader, proof of equality, other formats, merging."""
 
 from specforge_ext.export.check import ExportCheck, Observed, parameters_sha256, verify_export
 from specforge_ext.export.checkpoint import read_strict, write

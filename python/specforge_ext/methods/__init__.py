@@ -1,6 +1,6 @@
 """Draft algorithms. A new one is a folder and a line here."""
 
-from specforge_ext.methods.base import Drafter, Method
+from specforge_ext.methods.base import Drafter, EstimatesWork, LimitsDepth, Method, StepWork
 from specforge_ext.registry import Registry
 
 METHODS = Registry("method")
@@ -11,4 +11,4 @@ METHODS.add("mtp", "specforge_ext.methods.mtp:MtpMethod")
 METHODS.add("domino", "specforge_ext.methods.domino:DominoMethod")
 METHODS.add("dspark", "specforge_ext.methods.dspark:DSparkMethod")
 
-__all__ = ["METHODS", "Drafter", "Method"]
+__all__ = ["METHODS", "Drafter", "EstimatesWork", "LimitsDepth", "Method", "StepWork"]

@@ -44,7 +44,7 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = tables
     if cos.shape[-1] < x.shape[-1]:
-        turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         return torch.cat((rotate(turned, tables), rest), dim=-1)
     wide = x if x.dtype == torch.float64 else x.float()
     low, high = wide.chunk(2, dim=-1)

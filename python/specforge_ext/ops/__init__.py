@@ -22,6 +22,7 @@ fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a chec
 fp8_unpack      and back, the checksum compared
 """
 
+from specforge_ext.ops._chunks import default_workspace_bytes
 from specforge_ext.ops.attention import own_keys_grads_, own_keys_merge_
 from specforge_ext.ops.blocks import block_mask_tensors, draw_anchors
 from specforge_ext.ops.chains import cod_chains
@@ -57,6 +58,7 @@ __all__ = [
     "block_mask_tensors",
     "cod_chains",
     "corrected_label_loss",
+    "default_workspace_bytes",
     "draft_first_permutation",
     "draft_loss",
     "draw_anchors",

@@ -99,6 +99,11 @@ class DominoMethod:
     def drafter(self, draft: nn.Module) -> DominoDrafter:
         return DominoDrafter(_as_domino(draft), first=self.config.first)
 
+    @property
+    def max_depth(self) -> int:
+        """The slots that predict a token which is not known yet."""
+        return self.config.block_size - self.config.first
+
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:

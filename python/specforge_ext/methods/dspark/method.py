@@ -104,6 +104,11 @@ class DSparkMethod:
     def drafter(self, draft: nn.Module) -> DSparkDrafter:
         return DSparkDrafter(_as_dspark(draft), confidence_cut=self.config.confidence_cut)
 
+    @property
+    def max_depth(self) -> int:
+        """A token from every slot of a block."""
+        return self.config.block_size
+
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:
