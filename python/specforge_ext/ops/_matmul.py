@@ -45,14 +45,17 @@ def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> None:
         torch.mm(hidden_NH, head_VH[rows].to(out_NV.dtype).t(), out=out_NV[:, rows])
 
 
-def add_logits(out_NV: Tensor, hidden_NE: Tensor, head_VE: Tensor) -> None:
-    """out += hidden head^T."""
-    hidden_NE = hidden_NE.to(out_NV.dtype)
-    if out_NV.dtype == head_VE.dtype:
-        out_NV.addmm_(hidden_NE, head_VE.t())
+def corrected_logits_into(
+    out_NV: Tensor, logits_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor
+) -> None:
+    """out = logits + hidden head^T."""
+    if out_NV.dtype == head_VH.dtype:
+        torch.addmm(logits_NV, hidden_NH, head_VH.t(), out=out_NV)
         return
-    for rows in _blocks(head_VE):
-        out_NV[:, rows].addmm_(hidden_NE, head_VE[rows].to(out_NV.dtype).t())
+    hidden_NH = hidden_NH.to(out_NV.dtype)
+    for rows in _blocks(head_VH):
+        head = head_VH[rows].to(out_NV.dtype)
+        torch.addmm(logits_NV[:, rows], hidden_NH, head.t(), out=out_NV[:, rows])
 
 
 def hidden_grad_into(out_NH: Tensor, grad_NV: Tensor, head_VH: Tensor) -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from specforge_ext.ops._chunks import default_workspace_bytes
-from specforge_ext.ops._draft_loss import _part, _plan, _row_losses, _scaled, _Teacher
+from specforge_ext.ops._draft_loss import Teacher, part_of, plan_chunks, row_losses, scaled
 from specforge_ext.ops._matmul import (
     HeadGrad,
-    add_logits,
+    corrected_logits_into,
     empty_buffer,
     hidden_grad_into,
     logits_dtype,
@@ -182,10 +182,10 @@ def _two_head_loss(
     """
     num_rows, vocab = hidden_NH.shape[0], head_VH.shape[0]
     dtype = logits_dtype(hidden_NH)
-    teacher = _Teacher(teacher_hidden_RG, teacher_head_VG)
+    teacher = Teacher(teacher_hidden_RG, teacher_head_VG)
     per_teacher = label_R if teacher_hidden_RG is None else teacher_hidden_RG
     assert per_teacher is not None  # _check_presence
-    chunks = _plan(
+    chunks = plan_chunks(
         row_to_teacher_N,
         per_teacher.shape[0],
         row_bytes=vocab * dtype.itemsize,
@@ -214,8 +214,8 @@ def _two_head_loss(
             skipped = (weight == 0)[:, None]
             narrow = narrow_NE[rows].masked_fill(skipped, 0)
             logits_into(logits, hidden_NH[rows].masked_fill(skipped, 0), head_VH)
-            add_logits(logits, narrow, narrow_head_VE)
-            _row_losses(
+            corrected_logits_into(logits, logits, narrow, narrow_head_VE)
+            row_losses(
                 logits,
                 teacher.logits(chunk, most_rows=most_teachers),
                 weight,
@@ -228,7 +228,7 @@ def _two_head_loss(
                 writes_gradient=wants_hidden_grad or wants_narrow_grad or wants_narrow_head_grad,
                 teacher_lse=None,
                 teacher_argmax=None,
-                label=_part(label_R, teachers),
+                label=part_of(label_R, teachers),
                 kl_weight=None,
             )
             if wants_hidden_grad:
@@ -287,7 +287,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
             "two_head_loss: second derivatives are not available (create_graph=True)"
         )
     hidden, narrow, narrow_head = (
-        _scaled(saved, grad_loss) if wanted and grad_loss is not None else None
+        scaled(saved, grad_loss) if wanted and grad_loss is not None else None
         for saved, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
     )
     return hidden, None, narrow, narrow_head, *(None for _ in range(ctx.num_inputs - 4))

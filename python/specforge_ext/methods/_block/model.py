@@ -66,11 +66,13 @@ class BlockShape:
 
 
 class BlockView:
-    """What all layers share. Neither a tensor nor a container or dataclass of them, for FSDP2 casts
-    what it finds in a layer's arguments to bfloat16, and the tables need float32.
+    """What all layers share: where the rows see, and the RoPE tables of context and block.
+
+    Not a dataclass: FSDP2, which casts what a layer is given to bfloat16, looks into those, as into
+    tuples, and would cast the tables.
     """
 
-    def __init__(self, plan: BlockPlan, *, context: Tables, block: Tables) -> None:
+    def __init__(self, *, plan: BlockPlan, context: Tables, block: Tables) -> None:
         self.plan = plan
         self.context = context
         self.block = block
