@@ -21,7 +21,7 @@ from specforge_ext.ops._native import stream_of
 from specforge_ext.ops._top_k import raise_top_k
 
 
-def _plan(
+def plan_chunks(
     row_to_teacher: Tensor,
     num_teachers: int,
     *,
@@ -54,7 +54,7 @@ def _plan(
     )
 
 
-class _Teacher:
+class Teacher:
     """The teachers' logits of one chunk at a time; nothing where the loss has only labels."""
 
     def __init__(self, hidden_RG: Tensor | None, head_UG: Tensor | None) -> None:
@@ -78,11 +78,11 @@ class _Teacher:
         return logits
 
 
-def _part(side: Tensor | None, part: slice) -> Tensor | None:
+def part_of(side: Tensor | None, part: slice) -> Tensor | None:
     return None if side is None else side[part]
 
 
-def _row_losses(
+def row_losses(
     logits: Tensor,
     teacher_logits: Tensor | None,
     weight: Tensor,
@@ -116,10 +116,10 @@ def _top_k_losses(
     writes_gradient: bool,
     **of_rows: Any,
 ) -> None:
-    """As `_row_losses`: statistics against the teacher as it is, loss and gradient against the one
+    """As `row_losses`: statistics against the teacher as it is, loss and gradient against the one
     with raised words (ops/_top_k.py).
     """
-    _row_losses(logits, teacher_logits, weight, results, writes_gradient=False, **of_rows)
+    row_losses(logits, teacher_logits, weight, results, writes_gradient=False, **of_rows)
     factor = raise_top_k(
         teacher_logits[:, : logits.shape[1]],
         top_k=top_k,
@@ -129,7 +129,7 @@ def _top_k_losses(
     factor.masked_fill_(weight == 0, 1)  # such a row's teacher may hold anything
     loss, *others = results
     unused = [torch.empty_like(x) for x in others]
-    _row_losses(
+    row_losses(
         logits,
         teacher_logits,
         weight * factor,
@@ -171,8 +171,8 @@ def draft_loss_op(
     """
     num_rows, vocab = hidden_NH.shape[0], head_VH.shape[0]
     dtype = logits_dtype(hidden_NH)
-    teacher = _Teacher(teacher_hidden_RG, teacher_head_UG)
-    chunks = _plan(
+    teacher = Teacher(teacher_hidden_RG, teacher_head_UG)
+    chunks = plan_chunks(
         row_to_teacher_N,
         num_teachers,
         row_bytes=vocab * dtype.itemsize,
@@ -205,17 +205,17 @@ def draft_loss_op(
                 "beta": beta,
                 "hard_weight": hard_weight,
                 "writes_gradient": wants_hidden_grad or wants_head_grad,
-                "teacher_lse": _part(teacher_lse_R, teachers),
-                "teacher_argmax": _part(teacher_argmax_R, teachers),
-                "label": _part(label_R, teachers),
-                "kl_weight": _part(kl_weight_N, rows),
+                "teacher_lse": part_of(teacher_lse_R, teachers),
+                "teacher_argmax": part_of(teacher_argmax_R, teachers),
+                "label": part_of(label_R, teachers),
+                "kl_weight": part_of(kl_weight_N, rows),
             }
             results = [x[rows] for x in (loss_N, accepted_N, correct_N, top_prob_N, entropy_N)]
             if top_k and teacher_logits is not None:
                 options |= {"top_k": top_k, "top_k_weight": top_k_weight}
                 _top_k_losses(logits, teacher_logits, weight, results, **options)
             else:
-                _row_losses(logits, teacher_logits, weight, results, **options)
+                row_losses(logits, teacher_logits, weight, results, **options)
             if wants_hidden_grad:
                 hidden_grad_into(hidden_grad_NH[rows], logits, head_VH)
             if head_grad:

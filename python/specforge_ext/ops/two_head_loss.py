@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext.ops._chunks import default_workspace_bytes
-from specforge_ext.ops._draft_loss import _part, _plan, _row_losses, _Teacher, scaled
+from specforge_ext.ops._draft_loss import Teacher, part_of, plan_chunks, row_losses, scaled
 from specforge_ext.ops._matmul import (
     HeadGrad,
     corrected_logits_into,
@@ -182,10 +182,10 @@ def _two_head_loss(
     """
     num_rows, vocab = hidden_NH.shape[0], head_VH.shape[0]
     dtype = logits_dtype(hidden_NH)
-    teacher = _Teacher(teacher_hidden_RG, teacher_head_VG)
+    teacher = Teacher(teacher_hidden_RG, teacher_head_VG)
     per_teacher = label_R if teacher_hidden_RG is None else teacher_hidden_RG
     assert per_teacher is not None  # _check_presence
-    chunks = _plan(
+    chunks = plan_chunks(
         row_to_teacher_N,
         per_teacher.shape[0],
         row_bytes=vocab * dtype.itemsize,
@@ -215,7 +215,7 @@ def _two_head_loss(
             narrow = narrow_NE[rows].masked_fill(skipped, 0)
             logits_into(logits, hidden_NH[rows].masked_fill(skipped, 0), head_VH)
             corrected_logits_into(logits, logits, narrow, narrow_head_VE)
-            _row_losses(
+            row_losses(
                 logits,
                 teacher.logits(chunk, most_rows=most_teachers),
                 weight,
@@ -228,7 +228,7 @@ def _two_head_loss(
                 writes_gradient=wants_hidden_grad or wants_narrow_grad or wants_narrow_head_grad,
                 teacher_lse=None,
                 teacher_argmax=None,
-                label=_part(label_R, teachers),
+                label=part_of(label_R, teachers),
                 kl_weight=None,
             )
             if wants_hidden_grad:
