@@ -44,8 +44,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = tables
     if cos.shape[-1] < x.shape[-1]:
-        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        return torch.cat((rotate(turned, tables), rest), dim=-1)
+        width = cos.shape[-1]
+        return torch.cat((rotate(x[..., :width], tables), x[..., width:]), dim=-1)
     wide = x if x.dtype == torch.float64 else x.float()
     low, high = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
