@@ -1,4 +1,4 @@
-"""`specforge-ext <command>`: info, train, convert."""
+"""`specforge-ext <command>`: info, train, convert, merge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from specforge_ext.export import FORMATS, convert
+from specforge_ext.export import FORMATS, convert, merge_export
 from specforge_ext.runs import local
 from specforge_ext.runs.info import describe
 
@@ -18,12 +18,17 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("train", help="what torchrun -m specforge_ext.train does")
     run.add_argument("arguments", nargs="*", metavar="RECIPE|key.sub=value")
     _add_convert(commands.add_parser("convert", help="a draft's checkpoint to another format"))
+    put = commands.add_parser("merge", help="an mtp export into a copy of its target")
+    for name in ("export", "target", "out"):
+        put.add_argument(name, type=Path)
     parsed = parser.parse_args(arguments)
     if parsed.command == "convert":
         return _convert(parsed)
     if parsed.command == "info":
         print(describe())
         return 0
+    if parsed.command == "merge":
+        return _merge(parsed.export, parsed.target, parsed.out)
     return local.main(parsed.arguments)
 
 
@@ -61,6 +66,16 @@ def _convert(parsed: argparse.Namespace) -> int:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     print(done)
+    return 0
+
+
+def _merge(export: Path, target: Path, out: Path) -> int:
+    try:
+        written = merge_export(export, target, out)
+    except ValueError as error:
+        print(f"specforge-ext: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {len(written)} file(s) written, the others are links to {target}")
     return 0
 
 

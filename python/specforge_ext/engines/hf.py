@@ -10,9 +10,11 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from specforge_ext.assets import demo_target_path
 from specforge_ext.config import Config
 from specforge_ext.engines.base import Into, TargetDecoder, TargetOutput
 from specforge_ext.engines.capture import assemble, check_layout, stream_ids
+from specforge_ext.engines.checkpoint import CheckpointTensors
 from specforge_ext.engines.columns import INITIAL_COLUMNS, ColumnModel, Visibility
 from specforge_ext.engines.feature_batches import batch_features
 from specforge_ext.engines.generate import generate_batch, noise
@@ -66,13 +68,8 @@ class HfEngine:
         # transformers takes seconds to import: only the process that runs the engine pays.
         from specforge_ext.engines.hf_model import load_model
 
-        path = config.model
-        if path == DEMO:
-            from specforge_ext.assets import demo_target_path
-
-            path = str(demo_target_path())
         target = load_model(
-            path,
+            _path(config),
             name=config.model,
             dtype=DTYPES[config.dtype],
             device=_device(config.device),
@@ -99,6 +96,7 @@ class HfEngine:
             lm_head=target.lm_head.weight.detach().to(device),
             final_norm=target.norm.weight.detach().to(device),
             last_layer={name: tensor.to(device) for name, tensor in state.items()},
+            checkpoint=CheckpointTensors(_path(self._config)),
         )
 
     def features(
@@ -242,3 +240,7 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted {name!r}, but torch finds no CUDA device")
     return device
+
+
+def _path(config: HfConfig) -> str:
+    return str(demo_target_path()) if config.model == DEMO else config.model

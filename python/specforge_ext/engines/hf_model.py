@@ -136,6 +136,7 @@ def spec_of(config: Any, *, name: str, dtype: torch.dtype, eos: tuple[int, ...])
         dtype=DTYPE_NAMES[dtype],
         bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_ids=eos,
+        partial_rotary_factor=_partial_rotary(config),
     )
 
 
@@ -161,6 +162,12 @@ def _rope(config: Any, name: str) -> tuple[float, Mapping[str, object] | None]:
     scaling.setdefault("rope_type", parameters.get("type", "default"))
     plain = scaling["rope_type"] == "default"
     return float(parameters["rope_theta"]), None if plain else scaling
+
+
+def _partial_rotary(config: Any) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    own = getattr(config, "partial_rotary_factor", None)
+    return float(parameters.get("partial_rotary_factor") or own or 1.0)
 
 
 def _eos_ids(model: Any) -> tuple[int, ...]:
