@@ -22,7 +22,7 @@ def test_recorded_losses_and_gradients(name: str, capsys: pytest.CaptureFixture[
     assert "compaction" in lines[0] and "all rows" in lines[1]
 
 
-@pytest.mark.parametrize("name", ["dflash_cold", "dflash_gamma7", "dflash_dpace"])
+@pytest.mark.parametrize("name", ["dflash_cold", "dflash_gamma7", "dflash_dpace", "dspark_vanilla"])
 def test_recorded_block_drafts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(GOLDEN / name)]) == 0
     assert capsys.readouterr().out.split()[:2] == [name, "ok"]

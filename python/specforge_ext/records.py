@@ -371,7 +371,18 @@ class Proposal:
 
     tokens: [B, K] int64, target ids. probs: [B, K, V] float32 over the target's vocabulary
     (0 outside the draft's), at the temperature asked for; None when greedy.
+    lengths: [B] int64 in 0..K, how many of the tokens are proposed: the columns from there on hold
+    any ids, and their probs are not looked at; None: all. Whether a token is proposed may depend on
+    those before it, not on itself, or sampling is not exact.
     """
 
     tokens: Tensor
     probs: Tensor | None
+    lengths: Tensor | None = None
+
+    def proposed(self) -> Tensor:
+        """[B, K] bool, which of the tokens are proposed."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        if self.lengths is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        return columns < self.lengths[:, None]

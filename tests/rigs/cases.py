@@ -42,9 +42,33 @@ class Case:
 
 WHOLE_VOCABULARY = (("domino-candidate-pool-size", "0"),)
 """Domino's correction is then of all words, not of the 2048 that the base logits like best."""
-
+LEARNT_BY_HEART = (
+    "data.train.split=heldout",
+    "data.train.num_prompts=64",
+    "data.generate.temperature=0",
+    "order.epochs=32",
+)
+"""Trains on the very texts that servers are then asked for: no measure of a draft, but one that is
+right at every depth, so that a position that is off by one anywhere shows.
+"""
 CASES = (
     Case("eagle3", depth=4, assignments=("order.epochs=2",), vllm="eagle3", sglang="EAGLE3"),
+    Case(  # layers that are not the servers' defaults, so that an index that is off by one shows
+        "eagle3_layers",
+        depth=4,
+        assignments=("order.epochs=1", "method.aux_layer_ids=[1,3,6]"),
+        vllm="eagle3",
+        sglang="EAGLE3",
+    ),
+    Case(
+        "dflash",
+        depth=5,
+        recipe="demo-dflash",
+        assignments=LEARNT_BY_HEART,
+        vllm="dflash",
+        sglang="DFLASH",
+        block=True,
+    ),
     Case(
         "domino",
         depth=5,
@@ -54,6 +78,15 @@ CASES = (
         block=True,
         more=WHOLE_VOCABULARY,
     ),
-)  # fmt: skip
+    # SGLang drafts as many tokens as a block has.
+    Case(
+        "dspark",
+        depth=5,
+        recipe="demo-dspark",
+        assignments=("order.epochs=1",),
+        sglang="DSPARK",
+        block=True,
+    ),
+)
 VLLM = [case for case in CASES if case.vllm]
 SGLANG = [case for case in CASES if case.sglang]

@@ -8,5 +8,6 @@ METHODS.add("eagle3", "specforge_ext.methods.eagle3:Eagle3Method")
 METHODS.add("peagle", "specforge_ext.methods.peagle:PEagleMethod")
 METHODS.add("dflash", "specforge_ext.methods.dflash:DFlashMethod")
 METHODS.add("domino", "specforge_ext.methods.domino:DominoMethod")
+METHODS.add("dspark", "specforge_ext.methods.dspark:DSparkMethod")
 
 __all__ = ["METHODS", "Drafter", "Method"]

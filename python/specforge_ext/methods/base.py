@@ -52,7 +52,9 @@ class Drafter(Protocol):
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None
     ) -> Proposal:
-        """`depth` tokens for every sequence; temperature 0 is greedy and needs no generator."""
+        """`depth` tokens for every sequence, or fewer of some (see `Proposal.lengths`); temperature
+        0 is greedy and needs no generator.
+        """
         ...
 
 

@@ -17,6 +17,7 @@ block_mask_tensors  which tiles of block attention hold visible pairs
 cod_chains      which anchors of a parallel draft look how deep
 label_loss      cross entropy of rows against labels under a frozen head, one value a row
 corrected_label_loss  the same with and without a low-rank correction of the logits, summed
+two_head_loss   loss of rows whose logits are a frozen head's and a trained narrow one's, added
 fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a checksum
 fp8_unpack      and back, the checksum compared
 """
@@ -38,6 +39,7 @@ from specforge_ext.ops.results import (
 )
 from specforge_ext.ops.rows import loss_rows_, row_stats
 from specforge_ext.ops.teacher_stats import teacher_stats
+from specforge_ext.ops.two_head_loss import TwoHeadLoss, two_head_loss
 from specforge_ext.ops.wire import CorruptRows, Fp8Rows, fp8_pack, fp8_unpack
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "LossRowsResult",
     "RowLoss",
     "TttMaps",
+    "TwoHeadLoss",
     "block_mask_tensors",
     "cod_chains",
     "corrected_label_loss",
@@ -67,4 +70,5 @@ __all__ = [
     "row_stats",
     "teacher_stats",
     "ttt_maps",
+    "two_head_loss",
 ]

@@ -1,4 +1,4 @@
-"""The three matrix products of a head, into memory that is given, for every dtype and device.
+"""The matrix products of a head, into memory that is given, for every dtype and device.
 
 Where the hardware multiplies bf16, logits and their gradients are bf16. A CPU that only emulates it
 (measured: 0.3 GFLOP/s on AVX2) gets float32 logits instead, and weights upcast block by block.
@@ -48,7 +48,7 @@ def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> None:
 def corrected_logits_into(
     out_NV: Tensor, logits_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor
 ) -> None:
-    """out = logits + hidden head^T."""
+    """out = logits + hidden head^T; out may be logits."""
     if out_NV.dtype == head_VH.dtype:
         torch.addmm(logits_NV, hidden_NH, head_VH.t(), out=out_NV)
         return
