@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import BenchScript, Report, time_interleaved
-from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
+from specforge_ext.methods._ttt_plan import TttPlan, build_plan
 from specforge_ext.nn import attention
 from specforge_ext.nn.attention import OwnKeys, split_attention
 

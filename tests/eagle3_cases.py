@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specforge_ext.methods._ttt_plan import TttPlan, build_plan
 from specforge_ext.methods.eagle3 import Eagle3Config, Eagle3Method, build_draft_vocab
 from specforge_ext.methods.eagle3.model import Eagle3Draft
-from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.records import (
     DraftVocab,
     PackedBatch,

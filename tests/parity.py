@@ -20,6 +20,8 @@ from torch import Tensor
 
 from specforge_ext.methods._block.plan import Anchors
 from specforge_ext.methods.dflash import DFlashConfig, DFlashMethod
+from specforge_ext.methods.domino import DominoConfig, DominoMethod
+from specforge_ext.methods.dspark import DSparkConfig, DSparkMethod
 from specforge_ext.methods.eagle3 import Eagle3Config, Eagle3Method
 from specforge_ext.methods.peagle import PEagleConfig, PEagleMethod
 from specforge_ext.records import (
@@ -249,6 +251,110 @@ def dflash_variants(case: Case) -> dict[str, Errors]:
     }
 
 
+def domino_variants(case: Case) -> dict[str, Errors]:
+    options, config = case.info["options"], case.info["config"]
+    section = config["dflash_config"]
+    if options["pure_draft_prefix_len"] != 1:
+        raise Unsupported(
+            f"option pure_draft_prefix_len={options['pure_draft_prefix_len']} of method 'domino'"
+        )
+    weights = target_weights(case, model_type="qwen3", num_layers=config["num_target_layers"])
+    settings = DominoConfig(
+        block_size=config["block_size"],
+        num_anchors=options["num_anchors"],
+        num_layers=config["num_hidden_layers"],
+        layer_ids=tuple(i + 1 for i in section["target_layer_ids"]),
+        mask_token_id=section["mask_token_id"],
+        gamma=options["loss_decay_gamma"],
+        shift_label=options["shift_label"],
+        gru_hidden_dim=section["gru_hidden_dim"],
+        emb_dim=section["emb_dim"],
+        lambda_start=options["lambda_start"],
+        lambda_decay_ratio=options["lambda_decay_ratio"],
+    )
+    variants = {"rows": settings}
+    variants["micro batch"] = settings.model_copy(update={"denominator": "micro_batch_mean"})
+    return {name: domino_errors(case, weights, one) for name, one in variants.items()}
+
+
+def domino_errors(case: Case, weights: TargetWeights, config: DominoConfig) -> Errors:
+    options, method = case.info["options"], DominoMethod(config)
+    at = StepContext(step=options["global_step"], total_steps=options["total_steps"], seed=0)
+    draft = method.build(weights, DraftVocab.full(weights.spec.vocab_size), seed=0)
+    draft.load_state_dict(case.group("weight."))
+    batch = packed_batch(case, {"hidden": "hidden_states"})
+    result = method.step_at(draft, batch, at, anchors(case))
+    loss = result.loss_sum / result.weight_sum
+    loss.backward()
+    sums = result.metrics
+    rows, blocks = sums["rows"].sum(), sums["blocks"][0]
+    got = {
+        "loss": loss,
+        "final_loss": sums["loss"].sum() / rows,  # this case has no decay
+        "base_loss": sums["base_loss"].sum() / rows,
+        "accuracy": sums["correct"].sum() / rows,
+        "base_accuracy": sums["base_correct"].sum() / rows,
+        "accuracy_denom": rows,
+        "accept_len": 1 + sums["accepted"].sum() / blocks,
+        "base_accept_len": 1 + sums["base_accepted"].sum() / blocks,
+        "lambda_base": torch.tensor(config.base_share(at.step, at.total_steps)),
+    }
+    expected = case.info["expected"]
+    return Errors(
+        losses={
+            name: relative_error(value, torch.tensor(expected[name])) for name, value in got.items()
+        },
+        gradients=gradient_errors(draft, case.group("grad.")),
+    )
+
+
+def dspark_variants(case: Case) -> dict[str, Errors]:
+    options, config = case.info["options"], case.info["config"]
+    own = config["dflash_config"]
+    weights = target_weights(case, model_type="qwen3", num_layers=config["num_target_layers"])
+    method = DSparkMethod(
+        DSparkConfig(
+            block_size=config["block_size"],
+            num_anchors=options["num_anchors"],
+            num_layers=config["num_hidden_layers"],
+            layer_ids=tuple(i + 1 for i in own["target_layer_ids"]),
+            mask_token_id=own["mask_token_id"],
+            gamma=options["loss_decay_gamma"],
+            markov_rank=own["markov_rank"],
+            markov_head=options["markov_head_type"],
+            ce_weight=options["ce_weight"],
+            l1_weight=options["l1_weight"],
+            confidence_weight=options["confidence_weight"],
+        )
+    )
+    draft = method.build(weights, DraftVocab.full(config["vocab_size"]), seed=0)
+    draft.load_state_dict(case.group("weight."))
+    features = {"hidden": "hidden_states", "last": "target_last_hidden_states"}
+    result = method.step_at(draft, packed_batch(case, features), anchors(case))
+    loss_mean = result.loss_sum / result.weight_sum
+    loss_mean.backward()
+    sums, expected = result.metrics, case.info["expected"]
+    rows, blocks = sums["rows"].sum(), sums["blocks"][0]
+    found = {
+        "loss": (loss_mean, expected["loss"]),
+        "accuracy_denom": (rows, expected["accuracy_denom"]),
+        "rows": (sums["rows"], expected["ratio.ce_position"][1]),
+        "l1": (2 * (rows - sums["acceptance"].sum()), expected["ratio.l1_loss"][0]),
+        "foretold": (sums["foretold_error"].sum(), expected["ratio.confidence_abs_error"][0]),
+        "agreement": (sums["correct"].sum(), expected["ratio.teacher_agreement"][0]),
+        "length": (blocks + sums["reached"].sum(), expected["ratio.tau_probabilistic"][0]),
+    }
+    return {
+        "packed": Errors(
+            losses={
+                name: relative_error(got, torch.tensor(wanted))
+                for name, (got, wanted) in found.items()
+            },
+            gradients=gradient_errors(draft, case.group("grad.")),
+        )
+    }
+
+
 def anchors(case: Case) -> Anchors:
     """Those of the case, where kept, packed by the true lengths."""
     starts = lengths_to_cu_seqlens(true_lengths(case))
@@ -320,6 +426,8 @@ def peagle_errors(case: Case, *, compaction: bool) -> Errors:
 
 VARIANTS: dict[str, Callable[[Case], dict[str, Errors]]] = {
     "dflash": dflash_variants,
+    "domino": domino_variants,
+    "dspark": dspark_variants,
     "eagle3": eagle3_variants,
     "peagle": peagle_variants,
 }
@@ -350,7 +458,10 @@ def run(folder: Path) -> bool:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    folders = parser.parse_args(arguments).folders
+    # A shell's DIR/* brings the page that lies beside the cases.
+    folders = [path for path in parser.parse_args(arguments).folders if path.suffix != ".md"]
+    if not folders:
+        parser.error("DIR: wanted folders of cases, got pages only")
     return 0 if all([run(folder) for folder in folders]) else 1
 
 

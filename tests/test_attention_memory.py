@@ -16,7 +16,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from specforge_ext.methods.eagle3.plan import build_plan
+from specforge_ext.methods._ttt_plan import build_plan
 from specforge_ext.nn.attention import OwnKeys, split_attention
 
 torch.set_num_threads(1)

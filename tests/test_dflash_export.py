@@ -147,7 +147,7 @@ def test_config_json() -> None:
         "use_sliding_window": True,
         "sliding_window": 5,
         "max_window_layers": 2,
-        "dflash_config": {"mask_token_id": 60, "target_layer_ids": [1, 5], "causal": False},
+        "dflash_config": {"mask_token_id": 60, "target_layer_ids": [1, 5]},
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 5e5,
@@ -162,6 +162,10 @@ def test_config_json() -> None:
         "torch_dtype": "bfloat16",
         "specforge_ext": {"method": "dflash"},
     }
+    # vLLM takes `causal` for all layers, so it is said where no layer slides only.
+    _, full, _ = cases.build(weights=weights)
+    full_config = method.export(full, weights.spec, dtype=torch.bfloat16).config
+    assert full_config["dflash_config"] == {**config["dflash_config"], "causal": False}
     restored = method.restore(method.export(draft, weights.spec, dtype=torch.float32), weights)
     assert torch.equal(restored.rope.inv_freq, draft.rope.inv_freq)
     assert restored.block_shape == replace(draft.block_shape, rope_scaling=scaling)

@@ -14,8 +14,11 @@ from specforge_ext.methods._block.objective import DpaceKind, dpace_weight, slot
 from specforge_ext.methods._block.plan import Anchors, draw, plan, sample_key
 from specforge_ext.methods.dflash import DFlashMethod
 from specforge_ext.methods.dflash.model import DFlashDraft
+from specforge_ext.nn.layer import Attention, Tables
 from specforge_ext.ops import reference
 from specforge_ext.records import PackedBatch, StepContext, StepLoss
+from specforge_ext.trainer.distributed import open_world
+from specforge_ext.trainer.sharding import Shards
 
 
 def run(
@@ -337,6 +340,27 @@ def test_step_draws_what_its_context_says() -> None:
 
     assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
     assert loss(1, 0) == loss(1, 0)
+
+
+def test_fsdp2_leaves_the_rotary_tables_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It casts the arguments of a layer to bfloat16, dataclasses too."""
+    method, draft, _ = cases.build()
+    packed = cases.batch((16, 9))
+    at = draw(packed, cases.AT, num_anchors=6)
+    expected, seen = method.step_at(draft, packed, at), set()
+    whole = Attention.query
+
+    def query(self: Attention, x: Tensor, tables: Tables) -> Tensor:
+        seen.add((x.dtype, *(table.dtype for table in tables)))
+        return whole(self, x, tables)
+
+    monkeypatch.setattr(Attention, "query", query)
+    with open_world(device="cpu", timeout_s=30) as world:
+        Shards(draft, method.shard_units(draft), world=world, precision="bfloat16")
+        with torch.autocast("cpu", torch.bfloat16):
+            result = method.step_at(draft, packed, at)
+    assert seen == {(torch.bfloat16, torch.float32, torch.float32)}
+    assert result.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=0.02)
 
 
 @pytest.mark.gpu

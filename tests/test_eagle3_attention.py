@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
+from specforge_ext.methods._ttt_plan import TttPlan, build_plan
 from specforge_ext.nn import flash, query_plan
 from specforge_ext.nn.attention import OwnKeys, split_attention
 from specforge_ext.nn.rope import Rope, inverse_frequencies, rotate

@@ -123,7 +123,7 @@ def test_layer_ids_mean_what_each_engine_reads() -> None:
     assert key not in config
     configs = engine_configs(config, num_target_layers=8)
     assert configs == {
-        "sglang": {**config, key: [0, 3, 7]},
+        "sglang": {**config, "eagle_config": {"use_aux_hidden_state": True, key: [0, 3, 7]}},
         "vllm": {**config, key: [1, 4, 8]},
     }
 

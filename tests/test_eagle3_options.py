@@ -477,3 +477,20 @@ def test_checkpoints_older_than_an_option_resume() -> None:
         )
     with pytest.raises(ValueError, match="wanted other = None, got 1"):
         check_identity(here, {"method": {**older, "other": 1}}, {"method": ours}, when_absent=known)
+
+
+@pytest.mark.parametrize("asked", ["target", "none"])
+def test_rope_scaling_is_the_targets_or_none(asked: str) -> None:
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    target = cases.target()
+    weights = replace(target, spec=replace(target.spec, rope_scaling=scaling))
+    method = Eagle3Method(Eagle3Config(rope_scaling=asked))  # type: ignore[arg-type]
+    draft = method.build(weights, method.vocab([], weights.spec), seed=0)
+    config = method.export(draft, weights.spec, dtype=torch.float32).config
+    wanted = scaling if asked == "target" else None
+    assert draft.shape.rope_scaling == config["rope_scaling"] == wanted
+    plain = method.build(target, method.vocab([], target.spec), seed=0)
+    ratio = plain.rope.inv_freq / draft.rope.inv_freq
+    assert torch.allclose(ratio, torch.full_like(ratio, 4.0 if wanted else 1.0))
+    with pytest.raises(ValueError, match=r"method\.rope_scaling: .*'target' or 'none', got 'yarn'"):
+        parse(Eagle3Config, {"rope_scaling": "yarn"}, where="method")

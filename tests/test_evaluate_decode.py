@@ -380,3 +380,80 @@ def test_sampling_needs_a_generator():
             torch.zeros(1, 2, 2), Proposal(torch.zeros(1, 1).long(), None),
             temperature=0.5, generator=None,
         )  # fmt: skip
+
+
+class CutDrafter(TableDrafter):
+    """Proposes as many tokens as the table says for the one before each, and garbage after them."""
+
+    def __init__(self, q, stops):
+        super().__init__(q)
+        self.stops = stops  # [V] bool: after this token nothing more is proposed
+
+    def record(self, next_tokens, features, positions, valid):
+        pass
+
+    def propose(self, depth, *, temperature, generator):
+        whole = super().propose(depth, temperature=temperature, generator=generator)
+        told = torch.cat([self.last[:, None], whole.tokens[:, :-1]], 1)
+        lengths = (~self.stops[told]).long().cumprod(1).sum(1)
+        cut = torch.arange(depth) >= lengths[:, None]
+        tokens = whole.tokens.masked_fill(cut, 0)
+        if whole.probs is None:
+            return Proposal(tokens, None, lengths)
+        return Proposal(tokens, whole.probs.masked_fill(cut[..., None], float("nan")), lengths)
+
+
+def test_shorter_proposals_are_lossless_when_greedy():
+    """Also where the columns that are not proposed happen to hold what the target would say."""
+    target = TableTarget(random_table(1, 5, seed=3))
+    stops = torch.tensor([False, True, False, True, False])
+    drafter = CutDrafter(target.table.softmax(2), stops)  # always right
+    prompts = [torch.tensor([k]) for k in range(5)]
+    result = evaluate(
+        target, drafter, prompts, LAYOUT, depth=3, max_new_tokens=12, temperature=0.0, seed=0
+    )
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        assert tokens.tolist() == target.greedy(prompt.tolist(), 12)
+    assert 0 < result.drafted < 3 * int(result.steps.sum())
+    # Nothing is wrong: a round says what was proposed, and one token more.
+    assert int(result.accepted_at.sum()) == int((result.round_tokens - result.rounds).sum())
+
+
+def test_shorter_proposals_are_lossless_when_sampling():
+    """Where to stop hangs on the tokens before: the chain's distribution stays exact."""
+    vocab, count = 5, 20000
+    table = random_table(1, vocab, seed=5, scale=2.0)
+    stops = torch.tensor([False, True, False, False, True])
+    drafter = CutDrafter(random_table(1, vocab, seed=6).softmax(2), stops)
+    result = evaluate(
+        TableTarget(table), drafter, [torch.tensor([2])] * count, LAYOUT,
+        depth=3, max_new_tokens=6, temperature=1.0, seed=1, batch_size=count,
+    )  # fmt: skip
+    said = torch.stack(list(result.tokens))
+    step = table[0].double().softmax(1)
+    expected = step[2]
+    assert 0 < result.drafted < 3 * int(result.steps.sum())
+    for column in range(6):
+        share = torch.bincount(said[:, column], minlength=vocab).double() / count
+        deviation = (expected * (1 - expected) / count).sqrt()
+        assert float(((share - expected).abs() / deviation).max()) < 4.5
+        expected = expected @ step
+    # Neighbours too: a token's residual must not depend on whether the next was proposed.
+    pairs = torch.bincount(said[:, 3] * vocab + said[:, 4], minlength=vocab**2).view(vocab, vocab)
+    given = pairs.sum(1, keepdim=True).double()
+    deviation = (step * (1 - step) / given).sqrt()
+    assert float(((pairs / given - step).abs() / deviation).max()) < 4.5
+
+
+def test_nothing_proposed_is_plain_decoding():
+    proposal = Proposal(torch.tensor([[1, 1]]), None, torch.tensor([0]))
+    logits = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])
+    verdict = verify.verify(logits, proposal, temperature=0.0, generator=None)
+    assert verdict.accepted.tolist() == [0] and verdict.next_tokens.tolist() == [1]
+
+
+@pytest.mark.parametrize("lengths", [[-1, 0], [1, 3]])
+def test_lengths_must_be_those_of_the_tokens(lengths):
+    proposal = Proposal(torch.zeros(2, 2).long(), None, torch.tensor(lengths))
+    with pytest.raises(ValueError, match=r"Proposal.lengths: wanted 0..2, got"):
+        verify.verify(torch.zeros(2, 3, 4), proposal, temperature=0.0, generator=None)

@@ -36,6 +36,7 @@ def result_of(round_tokens: list[int], rounds: list[int], accepted: list[list[in
         rounds=torch.tensor(rounds),
         round_tokens=torch.tensor(round_tokens),
         accepted_at=torch.tensor(accepted),
+        proposed=(torch.tensor(rounds) + 1) * len(accepted[0]),
         wall_s=2.0,
         prefill_s=0.5,
         batch_size=64,

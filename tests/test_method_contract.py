@@ -28,7 +28,8 @@ from trainer_toy import config
 NAMES = [*METHODS, "toy"]
 ALL = list(range(len(LENGTHS)))
 ONE_RANK: Layout = [[ALL]]
-AT = StepContext(step=0, total_steps=3, seed=0)
+AT = StepContext(step=2, total_steps=8, seed=0)
+"""In the midst of a run: a schedule may leave a parameter without a gradient at its ends."""
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rigs import rigged_models, servers
-from rigs.cases import SGLANG, Case
+from rigs.cases import SGLANG, WHOLE_VOCABULARY, Case
 from rigs.checks import built, check_counters, check_text
 from rigs.servers import Answers, Counters
 from rigs.trained import MAX_NEW_TOKENS, Trained, trained
@@ -66,6 +66,24 @@ def test_counters_of_a_rigged_block(tmp_path: Path) -> None:
     arguments = Case("constant", depth=3, sglang="DFLASH", block=True).sglang_arguments(str(draft))
     with servers.sglang(
         venv, target.path, log=tmp_path / "server.log", speculative=arguments, block=True
+    ) as server:
+        answers = server.greedy(rigged_models.PROMPTS, max_new_tokens=24)
+    assert answers.tokens == tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)
+    assert answers.counters == Counters(drafts=18, drafted=54, accepted=54, at=(18, 18, 18))
+
+
+def test_counters_of_a_rigged_correction(tmp_path: Path) -> None:
+    """Whole blocks again, of which the correction says all but the first token."""
+    venv = built("sglang")
+    target = rigged_models.cycle_target(tmp_path / "cycle")
+    draft = rigged_models.cycle_domino(target.path, tmp_path / "domino", block_size=4)
+    case = Case("cycle", depth=3, sglang="DFLASH", block=True, more=WHOLE_VOCABULARY)
+    with servers.sglang(
+        venv,
+        target.path,
+        log=tmp_path / "server.log",
+        speculative=case.sglang_arguments(str(draft)),
+        block=True,
     ) as server:
         answers = server.greedy(rigged_models.PROMPTS, max_new_tokens=24)
     assert answers.tokens == tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)

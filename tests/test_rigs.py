@@ -267,6 +267,24 @@ def test_our_evaluator_counts_the_rigged_chain_as_known(
     assert result.accepted_at.sum(0).tolist() == [int(result.rounds.sum()), 0, 0]
 
 
+def test_our_evaluator_counts_the_rigged_correction_as_known(tmp_path: Path) -> None:
+    target = rigged_models.cycle_target(tmp_path / "cycle")
+    path = rigged_models.cycle_domino(target.path, tmp_path / "domino", block_size=4)
+    measured = measure(
+        rigged_models.open_target(target.path),
+        rigged_models.domino_method(4),
+        {"sglang": path},
+        [torch.tensor(prompt) for prompt in rigged_models.PROMPTS],
+        target=target.path,
+        depth=3,
+        max_new_tokens=24,
+    )
+    result = measured.result
+    for prompt, said in zip(rigged_models.PROMPTS, result.tokens, strict=True):
+        assert tuple(said.tolist()) == target.greedy(prompt, 24)
+    assert result.accepted_at.sum(0).tolist() == [int(result.rounds.sum())] * 3
+
+
 def test_what_the_rigs_would_refuse(cycle: tuple[RiggedTarget, Trained]) -> None:
     target, measured = cycle
     text = tuple(target.greedy(prompt, 24) for prompt in rigged_models.PROMPTS)

@@ -285,7 +285,10 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Shape of a target model, as far as drafts depend on it."""
+    """Shape of a target model, as far as drafts depend on it.
+
+    partial_rotary_factor: share of a head's columns, the first ones, that RoPE turns.
+    """
 
     name: str
     model_type: str
@@ -303,6 +306,7 @@ class TargetSpec:
     dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    partial_rotary_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -312,6 +316,8 @@ class TargetWeights:
     spec: the target's shape. embed_tokens, lm_head: [V, H]. final_norm: [H].
     last_layer: state dict of the last decoder layer under its own names ("mlp.up_proj.weight"),
     for warm starts; empty where it is not wanted.
+    checkpoint: the tensors of the target's files under their public names, those that the model has
+    no place for too (multi-token prediction); may read a tensor when it is asked for.
     """
 
     spec: TargetSpec
@@ -319,6 +325,7 @@ class TargetWeights:
     lm_head: Tensor
     final_norm: Tensor
     last_layer: Mapping[str, Tensor] = field(default_factory=dict)
+    checkpoint: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -372,7 +379,18 @@ class Proposal:
 
     tokens: [B, K] int64, target ids. probs: [B, K, V] float32 over the target's vocabulary
     (0 outside the draft's), at the temperature asked for; None when greedy.
+    lengths: [B] int64 in 0..K, how many of the tokens are proposed: the columns from there on hold
+    any ids, and their probs are not looked at; None: all. Whether a token is proposed may depend on
+    those before it, not on itself, or sampling is not exact.
     """
 
     tokens: Tensor
     probs: Tensor | None
+    lengths: Tensor | None = None
+
+    def proposed(self) -> Tensor:
+        """[B, K] bool, which of the tokens are proposed."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        if self.lengths is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        return columns < self.lengths[:, None]

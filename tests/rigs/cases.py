@@ -11,7 +11,8 @@ class Case:
 
     recipe, assignments: of `specforge_ext.train`. depth: tokens drafted a step.
     vllm: method of --speculative-config; sglang: value of --speculative-algorithm; None where the
-    server has no such method. block: drafts a block in one pass.
+    server has no such method. block: drafts a block in one pass. more: further --speculative-*
+    arguments of SGLang.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Case:
     vllm: str | None = None
     sglang: str | None = None
     block: bool = False
+    more: tuple[tuple[str, str], ...] = ()
 
     def vllm_config(self, draft: str) -> dict[str, object]:
         return {"method": self.vllm, "model": draft, "num_speculative_tokens": self.depth}
@@ -31,14 +33,60 @@ class Case:
             "algorithm": self.sglang,
             "draft-model-path": draft,
             "num-draft-tokens": self.depth + 1,
+            **dict(self.more),
         }
         if not self.block:
             arguments |= {"num-steps": self.depth, "eagle-topk": 1}
         return [w for key, value in arguments.items() for w in (f"--speculative-{key}", str(value))]
 
 
+WHOLE_VOCABULARY = (("domino-candidate-pool-size", "0"),)
+"""Domino's correction is then of all words, not of the 2048 that the base logits like best."""
+LEARNT_BY_HEART = (
+    "data.train.split=heldout",
+    "data.train.num_prompts=64",
+    "data.generate.temperature=0",
+    "order.epochs=32",
+)
+"""Trains on the very texts that servers are then asked for: no measure of a draft, but one that is
+right at every depth, so that a position that is off by one anywhere shows.
+"""
 CASES = (
     Case("eagle3", depth=4, assignments=("order.epochs=2",), vllm="eagle3", sglang="EAGLE3"),
-)  # fmt: skip
+    Case(  # layers that are not the servers' defaults, so that an index that is off by one shows
+        "eagle3_layers",
+        depth=4,
+        assignments=("order.epochs=1", "method.aux_layer_ids=[1,3,6]"),
+        vllm="eagle3",
+        sglang="EAGLE3",
+    ),
+    Case(
+        "dflash",
+        depth=5,
+        recipe="demo-dflash",
+        assignments=LEARNT_BY_HEART,
+        vllm="dflash",
+        sglang="DFLASH",
+        block=True,
+    ),
+    Case(
+        "domino",
+        depth=5,
+        recipe="demo-domino",
+        assignments=("order.epochs=2",),
+        sglang="DFLASH",
+        block=True,
+        more=WHOLE_VOCABULARY,
+    ),
+    # SGLang drafts as many tokens as a block has.
+    Case(
+        "dspark",
+        depth=5,
+        recipe="demo-dspark",
+        assignments=("order.epochs=1",),
+        sglang="DSPARK",
+        block=True,
+    ),
+)
 VLLM = [case for case in CASES if case.vllm]
 SGLANG = [case for case in CASES if case.sglang]

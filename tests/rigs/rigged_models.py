@@ -10,6 +10,10 @@ hidden state h_t = E[x_t] and reads x_{t+2} from it: right at the first step; at
 which h has not changed, it says x_{t+2} again, which is wrong. One of k drafted tokens is
 accepted: length 2.
 
+Its Domino draft, whose layers have no effect either, is right at slot 0, where the known token
+stands; at the other slots it says what follows the mask, unless what it read of the tokens said so
+far corrects it: the whole block is accepted.
+
 `constant` says one token whatever it saw, and so does its DFlash draft, from the mask's
 embedding: the whole block is accepted.
 """
@@ -29,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specforge_ext.assets import demo_target_path
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.export import write
-from specforge_ext.methods import METHODS
+from specforge_ext.methods import METHODS, Method
 from specforge_ext.records import DraftCheckpoint, DraftVocab
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 128, 8, 4, 2, 32, 64
@@ -96,6 +100,50 @@ def cycle_eagle3(target: Path, path: Path) -> Path:
             parameters[name].copy_(value)
     write(method.export(draft, weights.spec, dtype=torch.float32), path)
     return path
+
+
+def cycle_domino(target: Path, path: Path, *, block_size: int) -> Path:
+    """Written by our own export, in float32. block_size: slots of a block.
+
+    The state is the half of tanh(E[x]) of the last token, a quarter of the one before, and so on;
+    silu(s) - silu(-s) = s takes it through the projection unchanged.
+    """
+    weights = open_target(target).weights(device=torch.device("cpu"))
+    method = domino_method(block_size)
+    draft = method.build(weights, DraftVocab.full(weights.spec.vocab_size), seed=1)
+    one, none = torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)
+    follows = 20 * weights.embed_tokens.roll(1, 0)
+    rigged: dict[str, Tensor] = {
+        "layers.0.self_attn.o_proj.weight": torch.zeros(HIDDEN, HEADS * HEAD_DIM),
+        "layers.0.mlp.down_proj.weight": torch.zeros(HIDDEN, FFN),
+        "prefix_gru.weight_ih_l0": torch.cat([none, none, one]),
+        "prefix_gru.weight_hh_l0": torch.cat([none, none, none]),
+        "embed_proj.0.weight": torch.cat([torch.cat([none, s * one], 1) for s in (1, -1)]),
+        "embed_proj.2.weight": torch.cat([follows, -follows], 1),
+    }
+    parameters = dict(draft.named_parameters())
+    with torch.no_grad():
+        for name, value in rigged.items():
+            parameters[name].copy_(value)
+    write(method.export(draft, weights.spec, dtype=torch.float32), path)
+    return path
+
+
+def domino_method(block_size: int) -> Method:
+    """Of `cycle_domino`."""
+    factory = METHODS.get("domino")
+    method: Method = factory(
+        factory.Config(
+            block_size=block_size,
+            num_layers=1,
+            layer_ids=(4,),
+            mask_token_id=MASK,
+            shift_label=True,
+            gru_hidden_dim=HIDDEN,
+            emb_dim=2 * HIDDEN,
+        )
+    )
+    return method
 
 
 def constant_dflash(path: Path, *, block_size: int) -> Path:
@@ -199,6 +247,7 @@ def _write_target(path: Path, embedding: Tensor, head: Tensor) -> None:
 def main(out: Path) -> None:
     cycle = cycle_target(out / "cycle")
     cycle_eagle3(cycle.path, out / "cycle_eagle3")
+    cycle_domino(cycle.path, out / "cycle_domino", block_size=4)
     constant_target(out / "constant")
     constant_dflash(out / "constant_dflash", block_size=4)
 

@@ -66,7 +66,11 @@ def trained(case: Case) -> Trained:
     return measure(
         engine,
         METHODS.get(recipe.method[0])(recipe.method[1]),
-        {name: _export(recipe.output_dir / "export", name) for name in ("vllm", "sglang")},
+        {
+            name: _export(recipe.output_dir / "export", name)
+            for name, served in (("vllm", case.vllm), ("sglang", case.sglang))
+            if served
+        },
         _heldout(recipe, engine),
         target=demo_target_path(),
         depth=case.depth,
@@ -84,9 +88,12 @@ def measure(
     depth: int,
     max_new_tokens: int,
 ) -> Trained:
-    """Greedy, in the engine's dtype; end tokens end nothing, as in what servers are asked."""
+    """Greedy, in the engine's dtype; end tokens end nothing, as in what servers are asked.
+
+    export: a directory for each engine that serves the draft; the tensors are the same in all.
+    """
     weights = engine.weights(device=torch.device("cpu"))
-    draft = method.restore(read_strict(export["vllm"], method), weights)
+    draft = method.restore(read_strict(next(iter(export.values())), method), weights)
     result = evaluate(
         engine.decoder(),
         method.drafter(draft),

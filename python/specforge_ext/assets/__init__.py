@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 
@@ -18,3 +19,13 @@ def demo_target_path() -> Path:
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"the demo target's weights are missing from {folder}")
     return folder
+
+
+def target_config(name: str) -> dict[str, object] | None:
+    """What the public config.json of a hub model says of its shape, or None if it is not here.
+
+    `source` says where the numbers are from. Weights are never here.
+    """
+    path = Path(__file__).resolve().parent / "targets.json"
+    configs: dict[str, dict[str, object]] = json.loads(path.read_text(encoding="utf-8"))
+    return configs.get(name)

@@ -80,7 +80,8 @@ class Engine(Protocol):
 class EngineFactory(Protocol):
     """What a registered engine is: a config model, and two ways to open a target.
 
-    `read_weights` is for processes that need a target's shape and a few of its weights only.
+    `read_weights` is for processes that need a target's shape and a few of its weights only. With
+    device "meta" it reads the shape alone, and no weight: tensors have sizes and no values.
     """
 
     Config: type[BaseModel]
@@ -90,3 +91,7 @@ class EngineFactory(Protocol):
     def read_weights(
         self, config: Any, *, device: torch.device, last_layer: bool = False
     ) -> TargetWeights: ...
+
+    def why_not_open(self, config: Any) -> str | None:
+        """Why `open` cannot work for a model of this kind, as far as its shape says; else None."""
+        ...

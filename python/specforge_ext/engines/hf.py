@@ -10,9 +10,11 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from specforge_ext.assets import demo_target_path
 from specforge_ext.config import Config
 from specforge_ext.engines.base import Into, TargetDecoder, TargetOutput
 from specforge_ext.engines.capture import assemble, check_layout, stream_ids
+from specforge_ext.engines.checkpoint import CheckpointTensors
 from specforge_ext.engines.columns import INITIAL_COLUMNS, ColumnModel, Visibility
 from specforge_ext.engines.feature_batches import batch_features
 from specforge_ext.engines.generate import generate_batch, noise
@@ -66,13 +68,8 @@ class HfEngine:
         # transformers takes seconds to import: only the process that runs the engine pays.
         from specforge_ext.engines.hf_model import load_model
 
-        path = config.model
-        if path == DEMO:
-            from specforge_ext.assets import demo_target_path
-
-            path = str(demo_target_path())
         target = load_model(
-            path,
+            _path(config.model),
             name=config.model,
             dtype=DTYPES[config.dtype],
             device=_device(config.device),
@@ -85,9 +82,26 @@ class HfEngine:
     def read_weights(
         cls, config: HfConfig, *, device: torch.device, last_layer: bool = False
     ) -> TargetWeights:
-        """`weights` of a target that is not kept: it is opened on the CPU, and let go."""
+        """`weights` of a target that is not kept: it is opened on the CPU, and let go.
+
+        Of device "meta" nothing is opened but its config.json (`hf_shape.read_shape`).
+        """
+        if device.type == "meta":
+            from specforge_ext.engines.hf_shape import read_shape
+
+            return read_shape(_path(config.model), name=config.model, dtype=DTYPES[config.dtype])
         engine = cls.open(config.model_copy(update={"device": "cpu"}))
         return engine.weights(device=device, last_layer=last_layer)
+
+    @staticmethod
+    def why_not_open(config: HfConfig) -> str | None:
+        """transformers does not have the architecture. ValueError as `read_weights`."""
+        from specforge_ext.engines.hf_shape import is_known, read_config
+
+        found = read_config(_path(config.model))
+        if is_known(found):
+            return None
+        return f"transformers has no model_type {found.model_type!r}, so hf cannot open it"
 
     def weights(self, *, device: torch.device, last_layer: bool = False) -> TargetWeights:
         """In the model's dtype; on the model's own device they share its memory: read only."""
@@ -99,6 +113,7 @@ class HfEngine:
             lm_head=target.lm_head.weight.detach().to(device),
             final_norm=target.norm.weight.detach().to(device),
             last_layer={name: tensor.to(device) for name, tensor in state.items()},
+            checkpoint=CheckpointTensors(_path(self._config.model)),
         )
 
     def features(
@@ -230,6 +245,10 @@ class HfDecoder:
 
     def drop(self, keep: Tensor) -> None:
         self._visible.drop(keep.to(self._target.device))
+
+
+def _path(model: str) -> str:
+    return str(demo_target_path()) if model == DEMO else model
 
 
 def _device(name: str) -> torch.device:

@@ -104,7 +104,7 @@ def wrap_model(model: Any, *, name: str) -> TargetModel:
         config=config,
         base=base,
         embed_tokens=model.get_input_embeddings(),
-        layers=_layers(base, config.num_hidden_layers, name),
+        layers=layers_of(base, config.num_hidden_layers, name),
         norm=_final_norm(base, name),
         lm_head=model.get_output_embeddings(),
     )
@@ -136,6 +136,7 @@ def spec_of(config: Any, *, name: str, dtype: torch.dtype, eos: tuple[int, ...])
         dtype=DTYPE_NAMES[dtype],
         bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_ids=eos,
+        partial_rotary_factor=_partial_rotary(config),
     )
 
 
@@ -163,6 +164,12 @@ def _rope(config: Any, name: str) -> tuple[float, Mapping[str, object] | None]:
     return float(parameters["rope_theta"]), None if plain else scaling
 
 
+def _partial_rotary(config: Any) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    own = getattr(config, "partial_rotary_factor", None)
+    return float(parameters.get("partial_rotary_factor") or own or 1.0)
+
+
 def _eos_ids(model: Any) -> tuple[int, ...]:
     """End tokens of the generation config, which may hold more than config.json's; ascending."""
     generation = model.generation_config
@@ -174,7 +181,7 @@ def _eos_ids(model: Any) -> tuple[int, ...]:
     return tuple(sorted({eos} if isinstance(eos, int) else set(eos)))
 
 
-def _layers(base: nn.Module, num_layers: int, name: str) -> Sequence[Any]:
+def layers_of(base: nn.Module, num_layers: int, name: str) -> Sequence[Any]:
     lists = [
         child
         for child in base.children()

@@ -4,7 +4,8 @@ Legend of shapes: B sequences of a wave, N prompts, K drafted tokens of a step (
 
 What is counted
   A *step* is one verify pass of the target over the last known token and K drafted ones. It emits
-  between 1 and K + 1 tokens. A *round* is a step that had room for all K + 1 of them in the
+  between 1 and K + 1 tokens; where the draft proposed fewer than K, the rest do not count as
+  drafted. A *round* is a step that had room for all K + 1 of them in the
   sequence's budget when it began: as that is known before its outcome, leaving out the others
   favours neither short nor long acceptances. Acceptance is counted over rounds only. The token that
   prefill says is in the output, and counts neither as a step nor as a round's token. A round that
@@ -35,8 +36,8 @@ class EvalResult:
     steps: [N] int64, verify passes. rounds: [N] int64, those counted (see the module).
     round_tokens: [N] int64, tokens that the rounds emitted.
     accepted_at: [N, K] int64, rounds whose first k + 1 drafted tokens were all accepted (joint, not
-    conditional). wall_s: whole run; prefill_s: the part of it before the first step. batch_size:
-    sequences decoded together.
+    conditional). proposed: [N] int64, tokens that the draft proposed, over all steps. wall_s: whole
+    run; prefill_s: the part of it before the first step. batch_size: sequences decoded together.
     """
 
     depth: int
@@ -46,6 +47,7 @@ class EvalResult:
     rounds: Tensor
     round_tokens: Tensor
     accepted_at: Tensor
+    proposed: Tensor
     wall_s: float
     prefill_s: float
     batch_size: int
@@ -53,7 +55,7 @@ class EvalResult:
     @property
     def drafted(self) -> int:
         """Tokens that the draft proposed, over all steps."""
-        return int(self.steps.sum()) * self.depth
+        return int(self.proposed.sum())
 
 
 def evaluate(
@@ -104,6 +106,7 @@ def evaluate(
         rounds=torch.cat([wave.rounds for wave in done]).cpu(),
         round_tokens=torch.cat([wave.round_tokens for wave in done]).cpu(),
         accepted_at=torch.cat([wave.accepted_at for wave in done]).cpu(),
+        proposed=torch.cat([wave.proposed for wave in done]).cpu(),
         wall_s=time.perf_counter() - began,
         prefill_s=prefill_s,
         batch_size=batch_size,
@@ -156,7 +159,7 @@ class _Wave:
         self.active = (self.produced < self.max_new_tokens) & ~torch.isin(self.last, eos)
         self.columns = torch.arange(depth + 1, device=device)
         self.steps, self.rounds, self.round_tokens = zeros(size), zeros(size), zeros(size)
-        self.accepted_at = zeros(size, depth)
+        self.accepted_at, self.proposed = zeros(size, depth), zeros(size)
 
     def running(self) -> bool:
         return bool(self.active.any())
@@ -172,6 +175,7 @@ class _Wave:
             positions,
             self.active[:, None].expand_as(positions),
         )
+        self.proposed += proposal.proposed().sum(1) * self.active
         verdict = verify(
             judged.logits, proposal, temperature=self.temperature, generator=self.generator
         )

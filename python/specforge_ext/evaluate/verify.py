@@ -33,11 +33,13 @@ def verify(
 
     Temperature 0: a drafted token is accepted if it is the target's argmax; the next token is the
     argmax of the row after the last accepted one. Otherwise: drafted x is accepted with min(1, p(x)
-    / q(x)); after a rejection the next token comes from norm(max(p - q, 0)), after K acceptances
-    from p. The outcome is then distributed exactly as the target's own (Leviathan et al., arXiv
-    2211.17192, Appendix A.1), whatever q is.
-    Raises ValueError if the proposal has no probabilities, or ones it cannot have been drawn from.
+    / q(x)); after a rejection the next token comes from norm(max(p - q, 0)), after none of all that
+    were proposed from p. The outcome is then distributed exactly as the target's own (Leviathan et
+    al., arXiv 2211.17192, Appendix A.1), whatever q is.
+    Raises ValueError if the proposal has no probabilities, or ones it cannot have been drawn from,
+    or lengths that are not in 0..K.
     """
+    _check_lengths(proposal)
     if temperature == 0.0:
         return _verify_greedy(logits, proposal)
     if generator is None:
@@ -47,7 +49,7 @@ def verify(
 
 def _verify_greedy(logits: Tensor, proposal: Proposal) -> Verdict:
     best_BK1 = logits.argmax(-1)
-    accepted = _leading(best_BK1[:, :-1] == proposal.tokens)
+    accepted = _leading((best_BK1[:, :-1] == proposal.tokens) & proposal.proposed())
     return Verdict(accepted, best_BK1.gather(1, accepted[:, None]).squeeze(1))
 
 
@@ -64,12 +66,13 @@ def _verify_sampled(
     coin_BK = torch.rand(
         tokens_BK.shape, generator=generator, device=logits.device, dtype=torch.float64
     )
-    accepted = _leading(coin_BK * drawn_BK < wanted_BK)
+    proposed_BK = proposal.proposed()
+    accepted = _leading((coin_BK * drawn_BK < wanted_BK) & proposed_BK)
 
     row = torch.arange(len(accepted), device=logits.device)
     p_BV = scaled_BK1V[row, accepted].double().softmax(1)
     q_BV = probs_BKV[row, accepted.clamp(max=depth - 1)].double()
-    rejected = (accepted < depth)[:, None]
+    rejected = (accepted < proposed_BK.sum(1))[:, None]
     mass_BV = torch.where(rejected, residual(p_BV, q_BV), p_BV)
     return Verdict(accepted, torch.multinomial(mass_BV, 1, generator=generator).squeeze(1))
 
@@ -88,6 +91,14 @@ def _leading(hit_BK: Tensor) -> Tensor:
     return hit_BK.long().cumprod(1).sum(1)
 
 
+def _check_lengths(proposal: Proposal) -> None:
+    depth, lengths = proposal.tokens.shape[1], proposal.lengths
+    if lengths is not None and bool(((lengths < 0) | (lengths > depth)).any()):
+        raise ValueError(
+            f"Proposal.lengths: wanted 0..{depth}, got {int(lengths.min())} to {int(lengths.max())}"
+        )
+
+
 def _checked_probs(proposal: Proposal, temperature: float) -> tuple[Tensor, Tensor]:
     """The proposal's distributions [B, K, V] and what they give its tokens, [B, K]."""
     probs = proposal.probs
@@ -96,15 +107,16 @@ def _checked_probs(proposal: Proposal, temperature: float) -> tuple[Tensor, Tens
             f"Proposal.probs: wanted [B, K, V] at temperature {temperature}, got None "
             "(exact sampling needs the distributions that the tokens were drawn from)"
         )
+    ignored = ~proposal.proposed()
     drawn = probs.gather(2, proposal.tokens[..., None]).squeeze(2)
-    error = float((probs.sum(2) - 1.0).abs().max())
+    error = float((probs.sum(2) - 1.0).abs().masked_fill(ignored, 0.0).max())
     # Negated, so that NaN fails too.
     if not error <= PROBABILITY_SUM_TOLERANCE:
         raise ValueError(
             f"Proposal.probs: wanted rows that sum to 1 within {PROBABILITY_SUM_TOLERANCE}, "
             f"got one that is off by {error}"
         )
-    if not bool((drawn > 0).all()):
+    if not bool(((drawn > 0) | ignored).all()):
         raise ValueError("Proposal.tokens: got a token that Proposal.probs gives probability 0")
     return probs, drawn
 

@@ -131,10 +131,12 @@ def _outputs(
     sampled = _propose(method, draft, observed, depth, temperature=1.0, generator=generator)
     if sampled.probs is None:
         raise ValueError("Drafter.propose: wanted probs at temperature 1, got None")
+    lengths = {} if sampled.lengths is None else {"lengths": sampled.lengths}
     return {
         "greedy tokens": greedy.tokens,
         "sampled tokens": sampled.tokens,
         "probabilities": sampled.probs,
+        **lengths,
     }
 
 

@@ -87,23 +87,24 @@ def read_strict(directory: Path, method: Method) -> DraftCheckpoint:
     t2d and d2t that disagree.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     problems = [
         f"{path.name}: unexpected weight file beside {WEIGHTS}"
         for path in sorted(directory.iterdir())
         if path.suffix in _WEIGHT_SUFFIXES and path.name != WEIGHTS
     ]
-    tensors = _read_tensors(directory)
+    tensors = read_tensors(directory)
     schema = method.schema(config)
-    problems += _key_problems(tensors, schema)
-    problems += _value_problems(tensors)
+    problems += key_problems(tensors, schema)
+    problems += value_problems(tensors)
     if problems:
         raise ValueError(f"{directory}: {len(problems)} problem(s): " + "; ".join(problems))
     return DraftCheckpoint(tensors=tensors, config=config)
 
 
-def _read_config(directory: Path) -> dict[str, object]:
-    path = directory / CONFIG
+def read_config(directory: Path, *, name: str = CONFIG) -> dict[str, object]:
+    """ValueError unless it is there and a JSON object."""
+    path = directory / name
     if not path.is_file():
         raise ValueError(f"{path}: wanted a draft's config.json, got no such file")
     try:
@@ -115,7 +116,8 @@ def _read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """On the CPU. ValueError unless there is one safetensors file."""
     path = directory / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{path}: wanted the draft's weights, got no such file")
@@ -126,10 +128,11 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: wanted a safetensors file: {error}") from None
 
 
-def _key_problems(
+def key_problems(
     tensors: Mapping[str, Tensor],
     schema: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]],
 ) -> list[str]:
+    """Keys that are missing, unknown, misshapen or of the wrong dtype, a line each."""
     problems = [f"{name}: missing" for name in sorted(schema.keys() - tensors.keys())]
     for name in sorted(tensors.keys() - schema.keys()):
         near = difflib.get_close_matches(name, schema.keys(), n=1)
@@ -145,7 +148,8 @@ def _key_problems(
     return problems
 
 
-def _value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Values that are not finite, t2d and d2t that disagree, a line each."""
     problems = []
     for name, tensor in sorted(tensors.items()):
         if tensor.is_floating_point():

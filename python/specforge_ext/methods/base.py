@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,9 @@ class Drafter(Protocol):
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None
     ) -> Proposal:
-        """`depth` tokens for every sequence; temperature 0 is greedy and needs no generator."""
+        """`depth` tokens for every sequence, or fewer of some (see `Proposal.lengths`); temperature
+        0 is greedy and needs no generator.
+        """
         ...
 
 
@@ -115,4 +118,43 @@ class Method(Protocol):
 
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> nn.Module:
         """The draft of a checkpoint (already checked against `schema`), float32."""
+        ...
+
+
+@runtime_checkable
+class LimitsDepth(Protocol):
+    """What a Method offers beside, if its drafts cannot propose any number of tokens in a round."""
+
+    @property
+    def max_depth(self) -> int:
+        """Most tokens of a round."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a micro-batch makes a step compute and keep, at most: every token scored.
+
+    rows: through the draft's layers, summed over steps or slots, not over layers. saved_bytes:
+    kept from forward to backward. logits_vocab: of the widest logits. head_bytes: float32 gradient
+    of a head that is trained, made in the forward.
+    """
+
+    rows: int
+    saved_bytes: int
+    logits_vocab: int
+    head_bytes: int = 0
+
+
+@runtime_checkable
+class EstimatesWork(Protocol):
+    """What a Method offers beside, to have `specforge-ext check` say what a step takes."""
+
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """Of a micro-batch of so many tokens in samples of `longest` tokens.
+
+        itemsize: bytes of an activation. recompute: activation checkpointing.
+        """
         ...

@@ -40,21 +40,30 @@ class LayerShape:
 class Attention(nn.Module):
     """Projections of grouped-query attention; what attends to what is the caller's business.
 
-    qk_norm: an RMSNorm over each head of queries and keys before they are rotated, as in Qwen 3.
+    qk_norm: a norm over each head of queries and keys before they are rotated, as in Qwen 3.
+    qkv_bias: biases of the three projections, as in Qwen 2.
     """
 
-    def __init__(self, shape: LayerShape, *, input_width: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        shape: LayerShape,
+        *,
+        input_width: int,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        norm: type[RMSNorm] = RMSNorm,
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         self.head_dim = shape.head_dim
         q_width, kv_width = shape.num_heads * self.head_dim, shape.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(input_width, q_width, bias=False)
-        self.k_proj = nn.Linear(input_width, kv_width, bias=False)
-        self.v_proj = nn.Linear(input_width, kv_width, bias=False)
+        self.q_proj = nn.Linear(input_width, q_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(input_width, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(input_width, kv_width, bias=qkv_bias)
         self.o_proj = nn.Linear(q_width, shape.hidden_size, bias=False)
         eps = shape.rms_norm_eps
-        self.q_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.q_norm = norm(self.head_dim, eps=eps) if qk_norm else None
+        self.k_norm = norm(self.head_dim, eps=eps) if qk_norm else None
 
     def query(self, x: Tensor, tables: Tables) -> Tensor:
         """x [n, input_width] -> rotated queries [n, Hq, D]."""
@@ -109,14 +118,26 @@ class FusedInputLayer(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """One pre-norm decoder layer, as in Llama, that can stand behind a `FusedInputLayer`."""
+    """One pre-norm decoder layer, as in Llama, that can stand behind a `FusedInputLayer`.
 
-    def __init__(self, shape: LayerShape) -> None:
+    qk_norm, qkv_bias, norm: see `Attention`; the norm is that of the layer's input and MLP too.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        *,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        norm: type[RMSNorm] = RMSNorm,
+    ) -> None:
         super().__init__()
         width, eps = shape.hidden_size, shape.rms_norm_eps
-        self.input_layernorm = RMSNorm(width, eps=eps)
-        self.self_attn = Attention(shape, input_width=width)
-        self.post_attention_layernorm = RMSNorm(width, eps=eps)
+        self.input_layernorm = norm(width, eps=eps)
+        self.self_attn = Attention(
+            shape, input_width=width, qk_norm=qk_norm, qkv_bias=qkv_bias, norm=norm
+        )
+        self.post_attention_layernorm = norm(width, eps=eps)
         self.mlp = SwiGLU(width, shape.intermediate_size)
 
     def inputs(self, embedding: Tensor, hidden: Tensor) -> Tensor:

@@ -19,3 +19,18 @@ class RMSNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (wide * scale).to(x.dtype)
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """Scaled by 1 + weight in float32 (or wider), then cast back: HF's Qwen 3-Next."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__(width, eps=eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width]; the result has the dtype of `weight * x`."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        out: Tensor = wide * scale * (1 + self.weight.to(wide.dtype))
+        return out.to(torch.promote_types(x.dtype, self.weight.dtype))

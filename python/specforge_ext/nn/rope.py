@@ -1,6 +1,6 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in the half-rotation layout of HF Llama.
 
-Legend of shapes: n rows, D head dimension.
+Legend of shapes: n rows, D head dimension, R <= D columns of it that turn.
 """
 
 from __future__ import annotations
@@ -24,22 +24,28 @@ class Rope:
     def __init__(
         self, head_dim: int, *, theta: float, scaling: Mapping[str, object] | None = None
     ) -> None:
-        """ValueError if head_dim is odd or the scaling is of an unknown type or incomplete."""
+        """head_dim: R of the tables; less than a head's width turns its first R columns.
+
+        ValueError if head_dim is odd or the scaling is of an unknown type or incomplete.
+        """
         self.head_dim = head_dim
         self.inv_freq = inverse_frequencies(head_dim, theta=theta, scaling=scaling)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [n, 1, D] float32 for positions [n] of any integer dtype."""
+        """cos, sin [n, 1, R] float32 for positions [n] of any integer dtype."""
         angles = positions[:, None].float() * self.inv_freq.to(positions.device)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """x [n, heads, D] turned by its rows' angles; computed in float32 or wider, returned in x's
-    dtype.
+    """x [n, heads, D], the first R columns turned by its rows' angles; computed in float32 or
+    wider, returned in x's dtype.
     """
     cos, sin = tables
+    if cos.shape[-1] < x.shape[-1]:
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        return torch.cat((rotate(turned, tables), rest), dim=-1)
     wide = x if x.dtype == torch.float64 else x.float()
     low, high = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)

@@ -16,13 +16,17 @@ draw_anchors    where the blocks of a block draft begin
 block_mask_tensors  which tiles of block attention hold visible pairs
 cod_chains      which anchors of a parallel draft look how deep
 label_loss      cross entropy of rows against labels under a frozen head, one value a row
+corrected_label_loss  the same with and without a low-rank correction of the logits, summed
+two_head_loss   loss of rows whose logits are a frozen head's and a trained narrow one's, added
 fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a checksum
 fp8_unpack      and back, the checksum compared
 """
 
+from specforge_ext.ops._chunks import default_workspace_bytes
 from specforge_ext.ops.attention import own_keys_grads_, own_keys_merge_
 from specforge_ext.ops.blocks import block_mask_tensors, draw_anchors
 from specforge_ext.ops.chains import cod_chains
+from specforge_ext.ops.corrected_label_loss import CorrectedLabelLoss, corrected_label_loss
 from specforge_ext.ops.draft_loss import draft_first_permutation, draft_loss
 from specforge_ext.ops.label_loss import LabelLoss, label_loss
 from specforge_ext.ops.pack import pack_samples, ttt_maps
@@ -36,10 +40,12 @@ from specforge_ext.ops.results import (
 )
 from specforge_ext.ops.rows import loss_rows_, row_stats
 from specforge_ext.ops.teacher_stats import teacher_stats
+from specforge_ext.ops.two_head_loss import TwoHeadLoss, two_head_loss
 from specforge_ext.ops.wire import CorruptRows, Fp8Rows, fp8_pack, fp8_unpack
 
 __all__ = [
     "BlockMaskTensors",
+    "CorrectedLabelLoss",
     "CorruptRows",
     "DraftLoss",
     "Fp8Rows",
@@ -48,8 +54,11 @@ __all__ = [
     "LossRowsResult",
     "RowLoss",
     "TttMaps",
+    "TwoHeadLoss",
     "block_mask_tensors",
     "cod_chains",
+    "corrected_label_loss",
+    "default_workspace_bytes",
     "draft_first_permutation",
     "draft_loss",
     "draw_anchors",
@@ -63,4 +72,5 @@ __all__ = [
     "row_stats",
     "teacher_stats",
     "ttt_maps",
+    "two_head_loss",
 ]

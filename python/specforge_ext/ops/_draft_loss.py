@@ -28,24 +28,25 @@ def _plan(
     row_bytes: int,
     teacher_bytes: int,
     workspace_bytes: int,
+    op: str = "draft_loss",
 ) -> list[Chunk]:
     """Checks the values of row_to_teacher (one copy to the host), then cuts it."""
     if workspace_bytes < row_bytes + teacher_bytes:
         raise ValueError(
-            f"draft_loss: workspace_bytes must hold a student's row of logits and its teacher's, "
+            f"{op}: workspace_bytes must hold a student's row of logits and its teacher's, "
             f"{row_bytes + teacher_bytes} bytes, got {workspace_bytes}"
         )
     on_host = row_to_teacher.cpu()
     if on_host.numel() and (int(on_host.min()) < 0 or int(on_host.max()) >= num_teachers):
         raise ValueError(
-            f"draft_loss: row_to_teacher must lie in [0, {num_teachers}), "
+            f"{op}: row_to_teacher must lie in [0, {num_teachers}), "
             f"got {int(on_host.min())} to {int(on_host.max())}"
         )
     falls = torch.nonzero(on_host[1:] < on_host[:-1])
     if falls.numel():
         at = int(falls[0]) + 1
         raise ValueError(
-            f"draft_loss: row_to_teacher must not fall, got {int(on_host[at - 1])} then "
+            f"{op}: row_to_teacher must not fall, got {int(on_host[at - 1])} then "
             f"{int(on_host[at])} at row {at}"
         )
     return cut(
@@ -282,11 +283,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     grads: list[Tensor | None] = [None, None]
     if grad_loss is not None:
         for k, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
-            grads[k] = _scaled(saved, grad_loss) if wanted else None
+            grads[k] = scaled(saved, grad_loss) if wanted else None
     return (*grads, *(None for _ in range(ctx.num_inputs - 2)))
 
 
-def _scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
+def scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
     """saved * grad_loss, in the memory of `saved` where no later backward can want it.
 
     The head's gradient is the largest tensor of a step: a copy costs page faults and memory. With

@@ -1,4 +1,4 @@
-"""The three matrix products of a head, into memory that is given, for every dtype and device.
+"""The matrix products of a head, into memory that is given, for every dtype and device.
 
 Where the hardware multiplies bf16, logits and their gradients are bf16. A CPU that only emulates it
 (measured: 0.3 GFLOP/s on AVX2) gets float32 logits instead, and weights upcast block by block.
@@ -43,6 +43,19 @@ def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> None:
     hidden_NH = hidden_NH.to(out_NV.dtype)
     for rows in _blocks(head_VH):
         torch.mm(hidden_NH, head_VH[rows].to(out_NV.dtype).t(), out=out_NV[:, rows])
+
+
+def corrected_logits_into(
+    out_NV: Tensor, logits_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor
+) -> None:
+    """out = logits + hidden head^T; out may be logits."""
+    if out_NV.dtype == head_VH.dtype:
+        torch.addmm(logits_NV, hidden_NH, head_VH.t(), out=out_NV)
+        return
+    hidden_NH = hidden_NH.to(out_NV.dtype)
+    for rows in _blocks(head_VH):
+        head = head_VH[rows].to(out_NV.dtype)
+        torch.addmm(logits_NV[:, rows], hidden_NH, head.t(), out=out_NV[:, rows])
 
 
 def hidden_grad_into(out_NH: Tensor, grad_NV: Tensor, head_VH: Tensor) -> None:

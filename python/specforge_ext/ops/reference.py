@@ -552,3 +552,24 @@ def block_visibility(
                     row[max(begin, anchor + slot - (window - 1)) : anchor] = True
                     row[own : own + slot + 1] = True
     return visible
+
+
+def corrected_label_loss(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    act_NE: Tensor,
+    correction_VE: Tensor,
+    label_N: Tensor,
+    weight_N: Tensor,
+    *,
+    base_share: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_sum [], base losses [N], final losses [N]), in the dtype of `hidden`, by autograd."""
+    base_NV = hidden_NH @ head_VH.detach().T
+    final_NV = base_NV + act_NE @ correction_VE.T
+    base_N, final_N = (
+        torch.logsumexp(z, 1) - z.gather(1, label_N.long()[:, None])[:, 0]
+        for z in (base_NV, final_NV)
+    )
+    mixed_N = (1 - base_share) * final_N + base_share * base_N
+    return (weight_N * mixed_N).sum(), base_N.detach(), final_N.detach()

@@ -79,6 +79,10 @@ class PromptSource(Protocol):
         """Changes when the texts do, before the target has written anything; the same elsewhere."""
         ...
 
+    def longest(self, *, max_new_tokens: int) -> int:
+        """Most tokens of a prompt if the target writes max_new_tokens, where it writes at all."""
+        ...
+
     def load(self, tokenizer: Tokenizer, generate: Generate | None = None) -> PromptSet:
         """All prompts, in a fixed order. ValueError where the target must write and cannot."""
         ...

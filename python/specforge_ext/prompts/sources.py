@@ -84,6 +84,10 @@ class JsonlPrompts:
             check_file(path)
         return content_key(self._config.paths, options)
 
+    def longest(self, *, max_new_tokens: int) -> int:
+        """max_length: what the target writes anew is cut too."""
+        return self._config.max_length
+
     def _records(self) -> list[Record]:
         return [record for path in self._config.paths for record in read_jsonl(path)]
 
@@ -134,6 +138,9 @@ class PythonStdlibPrompts:
         for path in stdlib_files(self._config.split):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
+
+    def longest(self, *, max_new_tokens: int) -> int:
+        return self._config.prefix_tokens + max_new_tokens
 
     def prefixes(self, tokenizer: Tokenizer) -> list[Tensor]:
         """num_prompts distinct tensors, [prefix_tokens] int32, each cut at the start of a line.

@@ -34,6 +34,7 @@ from specforge_ext.records import (
     DraftCheckpoint,
     DraftVocab,
     FeatureLayout,
+    Prompt,
     TargetWeights,
 )
 from specforge_ext.runs.data import Dataset
@@ -129,17 +130,22 @@ def _observe(
 ) -> Observed:
     """Rows of real text, with the target's features, for comparing two drafts."""
     length = min(len(p) for p in prompts)
-    ids = torch.stack([p[:length].long() for p in prompts]).to(device)
-    positions = torch.arange(length, device=device).expand_as(ids)
-    valid = torch.ones_like(ids, dtype=torch.bool)
-    decoder = engine.decoder()
-    decoder.start(len(prompts), layout)
-    out = decoder.forward(ids, positions, valid)
+    unscored = torch.zeros(length, dtype=torch.uint8)
+    texts = [
+        Prompt(f"probe-{i}", ids[:length].to("cpu", torch.int32), unscored)
+        for i, ids in enumerate(prompts)
+    ]
+    # Not the engine's decoder: of some targets it has features alone.
+    samples = list(engine.features(texts, layout))
+    ids = torch.stack([text.input_ids for text in texts]).long().to(device)
     return Observed(
         next_tokens=ids[:, 1:],
-        features={name: tensor[:, :-1].to(device) for name, tensor in out.features.items()},
-        positions=positions[:, :-1],
-        valid=valid[:, 1:],
+        features={
+            spec.name: torch.stack([s.features[spec.name][:-1] for s in samples]).to(device)
+            for spec in layout.features
+        },
+        positions=torch.arange(length - 1, device=device).expand(len(texts), -1),
+        valid=torch.ones(len(texts), length - 1, dtype=torch.bool, device=device),
     )
 
 

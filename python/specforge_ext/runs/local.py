@@ -11,9 +11,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,54 @@ from torch import Tensor, nn
 from specforge_ext import _C, __version__
 from specforge_ext.config import defaults
 from specforge_ext.engines import ENGINES
-from specforge_ext.loader import GlobalStep, OrderConfig, Skipped, StepData, Stream, global_steps
-from specforge_ext.methods import METHODS, Method
+from specforge_ext.loader import (
+    GlobalStep,
+    OrderConfig,
+    Skipped,
+    StepData,
+    Stream,
+    global_steps,
+    view,
+)
+from specforge_ext.methods import Method
 from specforge_ext.records import DraftVocab, TargetWeights
 from specforge_ext.runs.data import Dataset, read_dataset
+from specforge_ext.runs.drafts import feature_union, method_of
 from specforge_ext.runs.finish import Finished, finish
 from specforge_ext.runs.link import ProducerLink, ProducerProcess
-from specforge_ext.runs.recipe import Recipe, load
+from specforge_ext.runs.recipe import Recipe, load, split_arguments
+from specforge_ext.runs.room import check_room
 from specforge_ext.runs.say import Say
 from specforge_ext.store import STORES
 from specforge_ext.store.base import ProducerLost
-from specforge_ext.trainer import StepSource, Trainer, TrainResult, World, open_world
-
-SAMPLE_SLACK_BYTES = 8192
-"""What rounding to whole pages and the alignment of tensors may cost a sample."""
+from specforge_ext.trainer import (
+    JointTrainer,
+    Lane,
+    StepSource,
+    Trainer,
+    TrainResult,
+    World,
+    open_world,
+)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves for the rest of the run. parameters: whole and on the CPU (rank 0)."""
+    """What training leaves of one draft. recipe: its own. parameters: whole, on the CPU."""
 
+    recipe: Recipe
+    method: Method
     result: TrainResult
     parameters: dict[str, Tensor]
-    weights: TargetWeights
     vocab: DraftVocab
+
+
+@dataclass(frozen=True)
+class TrainedAll:
+    """What training leaves for the rest of the run; drafts by name."""
+
+    drafts: dict[str, Trained]
+    weights: TargetWeights
     dataset: Dataset
     skipped: int
     rank: int
@@ -56,30 +81,46 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     """Run a recipe to its end; rank 0 returns summary.json's contents, the others None.
 
     Resumes from the newest checkpoint of `output_dir` (trainer.checkpoint.resume). After SIGTERM
-    the state is saved and nothing is exported: the same command goes on.
+    the state is saved and nothing is exported: the same command goes on. Of several drafts each has
+    its own summary.json, under `drafts` in the run's.
     """
     began = time.perf_counter()
     say = Say(began, quiet=int(os.environ.get("RANK", "0")) != 0)
-    method: Method = METHODS.get(recipe.method[0])(recipe.method[1])
     with open_world(timeout_s=recipe.trainer.collective_timeout_s) as world, ExitStack() as stack:
         torch.set_num_threads(threads_each(recipe, world))
         producer = _start_producer(recipe, world, stack, say)
         try:
-            trained = _train(recipe, method, world, producer, stack, say)
+            trained = _train(recipe, world, producer, stack, say)
         except ProducerLost as error:
             if producer is None:
                 raise
             raise ProducerLost(f"{error}; {producer.obituary()}") from error
     if trained.rank != 0:
         return None
-    if trained.result.stopped_by_signal:
-        say(f"stopped by a signal at step {trained.result.steps}, saved; the same command goes on")
+    results = [draft.result for draft in trained.drafts.values()]
+    if any(result.stopped_by_signal for result in results):
+        step = min(result.steps for result in results if result.stopped_by_signal)
+        say(f"stopped by a signal at step {step}, saved; the same command goes on")
         return None
     torch.set_num_threads(os.cpu_count() or 1)
-    draft = method.build(trained.weights, trained.vocab, seed=recipe.run.seed)
-    draft.load_state_dict(trained.parameters)
-    finished = finish(recipe, method, draft, trained.weights, trained.vocab, trained.dataset, say)
-    return _summary(recipe, trained, finished, time.perf_counter() - began)
+    summaries = {
+        name: _finish(trained, draft, name, say, began) for name, draft in trained.drafts.items()
+    }
+    if not recipe.drafts:
+        return summaries[""]
+    return _write_summary(recipe, {"recipe": recipe.name, "drafts": summaries})
+
+
+def _finish(trained: TrainedAll, one: Trained, name: str, say: Say, began: float) -> dict[str, Any]:
+    """Export and evaluate a draft, and write its summary."""
+    if name:
+        say(f"draft {name}")
+    draft = one.method.build(trained.weights, one.vocab, seed=one.recipe.run.seed)
+    draft.load_state_dict(one.parameters)
+    finished = finish(
+        one.recipe, one.method, draft, trained.weights, one.vocab, trained.dataset, say
+    )
+    return _summary(trained, one, finished, time.perf_counter() - began)
 
 
 def main(arguments: list[str]) -> int:
@@ -90,9 +131,8 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(name)s: %(message)s")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.getLogger("specforge_ext").setLevel(level)
-    named = bool(arguments) and "=" not in arguments[0]
     try:
-        recipe = load(arguments[0] if named else None, arguments[named:])
+        recipe = load(*split_arguments(arguments))
     except ValueError as error:
         print(f"specforge_ext: {error}", file=sys.stderr)
         return 2
@@ -109,24 +149,22 @@ def threads_each(recipe: Recipe, world: World) -> int:
 
 def _train(
     recipe: Recipe,
-    method: Method,
     world: World,
     producer: ProducerProcess | None,
     stack: ExitStack,
     say: Say,
-) -> Trained:
+) -> TrainedAll:
     # The producer loads the target at the same time.
     weights: TargetWeights = ENGINES.get(recipe.engine[0]).read_weights(
         recipe.engine[1], device=world.device, last_layer=True
     )
-    layout = method.layout(weights.spec)
+    union = feature_union(recipe, weights.spec)
+    layout = union.layout
     link = _connect(recipe, world, producer, stack)
     hello = link.hello(layout_hash=layout.hash, timeout_s=recipe.run.start_timeout_s)
     files = link.prepare(timeout_s=recipe.run.prepare_timeout_s, progress=say.progress)
     dataset = read_dataset(files)
     say(f"data: {dataset.describe()}")
-    vocab = method.vocab(dataset.train, weights.spec)
-    draft = method.build(weights, vocab, seed=recipe.run.seed)
     steps = global_steps(dataset.train.lengths, recipe.order, seed=recipe.run.seed)
     check_room(
         steps,
@@ -135,7 +173,6 @@ def _train(
         in_flight=recipe.stream.in_flight_steps + 1,
         capacity_bytes=hello.capacity_bytes,
     )
-    say(f"draft: {_count(draft):,} trained parameters, {len(steps)} steps")
     reader = STORES.get(recipe.store[0]).reader(hello.address)
     stack.callback(reader.close)
     say(f"store: {reader.capabilities().describe()}, encoding {hello.encoding}")
@@ -151,27 +188,53 @@ def _train(
         world_size=world.size,
     )
     source = SkipLog(stream, recipe.output_dir / "skipped.jsonl", world)
-    trainer = Trainer(
-        recipe.trainer,
-        method,
-        draft,
-        source,
-        output_dir=recipe.output_dir,
-        world=world,
-        identity={**_identity(recipe, dataset, steps), "encoding": hello.encoding},
-        identity_defaults=_identity_defaults(recipe),
-    )
-    result = trainer.fit()
+    lanes: list[Lane] = []
+    drafts: dict[str, tuple[Method, DraftVocab]] = {}
+    for name, part in recipe.parts.items():
+        method = method_of(part)
+        vocab = method.vocab(dataset.train, weights.spec)
+        draft = method.build(weights, vocab, seed=part.run.seed)
+        label = f"draft {name}" if name else "draft"
+        say(f"{label}: {_count(draft):,} trained parameters, {len(steps)} steps")
+        drafts[name] = (method, vocab)
+        trainer = Trainer(
+            part.trainer,
+            method,
+            draft,
+            source,
+            output_dir=part.output_dir,
+            world=world,
+            identity={**_identity(part, dataset, steps), "encoding": hello.encoding},
+            identity_defaults=_identity_defaults(part),
+            label=name,
+        )
+        lanes.append(Lane(name, trainer, partial(view, names=union.names[name])))
+    results = fit(lanes, source, joint=bool(recipe.drafts))
     world.barrier("the end of training")
-    return Trained(
-        result=result,
-        parameters=trainer.full_state_dict(),
+    return TrainedAll(
+        drafts={
+            lane.name: Trained(
+                recipe=recipe.parts[lane.name],
+                method=drafts[lane.name][0],
+                result=results[lane.name],
+                parameters=lane.trainer.full_state_dict(),
+                vocab=drafts[lane.name][1],
+            )
+            for lane in lanes
+        },
         weights=weights,
-        vocab=vocab,
         dataset=dataset,
         skipped=source.count(),
         rank=world.rank,
     )
+
+
+def fit(lanes: list[Lane], source: StepSource, *, joint: bool) -> dict[str, TrainResult]:
+    """By name. A single draft reads the stream as it is."""
+    if joint:
+        return JointTrainer(lanes, source).fit()
+    (lane,) = lanes
+    return {lane.name: lane.trainer.fit()}
 
 
 def _start_producer(
@@ -201,32 +264,6 @@ def _connect(
     link = link or ProducerLink(path, timeout_s=timeout_s)
     stack.callback(link.close)
     return link
-
-
-def check_room(
-    steps: Sequence[GlobalStep],
-    lengths: Sequence[int],
-    bytes_per_token: int,
-    *,
-    in_flight: int,
-    capacity_bytes: int,
-) -> None:
-    """ValueError if the steps that ranks ask for together could fill the store and never leave it.
-
-    bytes_per_token: of features, as they lie in the store.
-    in_flight: steps a rank has asked for at a time, the one it receives included.
-    """
-    largest = max(steps, key=lambda step: sum(lengths[i] for i in step.samples))
-    tokens = sum(lengths[i] for i in largest.samples)
-    ids_and_mask = 4 + 1
-    needed = in_flight * (
-        tokens * (bytes_per_token + ids_and_mask) + len(largest.samples) * SAMPLE_SLACK_BYTES
-    )
-    if needed > capacity_bytes:
-        raise ValueError(
-            f"store.capacity_bytes: wanted at least {needed} for {in_flight} steps of up to "
-            f"{tokens} tokens (stream.in_flight_steps + 1), got {capacity_bytes}"
-        )
 
 
 def _identity(recipe: Recipe, dataset: Dataset, steps: list[GlobalStep]) -> dict[str, Any]:
@@ -300,10 +337,12 @@ def _count(draft: nn.Module) -> int:
     return sum(p.numel() for p in draft.parameters() if p.requires_grad)
 
 
-def _summary(recipe: Recipe, trained: Trained, finished: Finished, wall_s: float) -> dict[str, Any]:
-    result = trained.result
+def _summary(
+    trained: TrainedAll, one: Trained, finished: Finished, wall_s: float
+) -> dict[str, Any]:
+    result = one.result
     summary = {
-        "recipe": recipe.name,
+        "recipe": one.recipe.name,
         "version": __version__,
         "commit": _C.__commit__,
         "steps": result.steps,
@@ -316,6 +355,10 @@ def _summary(recipe: Recipe, trained: Trained, finished: Finished, wall_s: float
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **finished.to_dict(),
     }
+    return _write_summary(one.recipe, summary)
+
+
+def _write_summary(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
     path = recipe.output_dir / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from specforge_ext.copies import copied, counting
 from specforge_ext.engines import ENGINES, Engine
-from specforge_ext.methods import METHODS
 from specforge_ext.records import Encoding, FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.runs import data as run_data
+from specforge_ext.runs.drafts import feature_union
 from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
 from specforge_ext.store import STORES
@@ -77,8 +77,7 @@ class Producer:
         self._done = False
         kind, config = recipe.engine
         self._engine: Engine = ENGINES.get(kind).open(config)
-        method = METHODS.get(recipe.method[0])(recipe.method[1])
-        self._layout: FeatureLayout = method.layout(self._engine.spec)
+        self._layout: FeatureLayout = feature_union(recipe, self._engine.spec).layout
         store_kind, store_config = recipe.store
         self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
         self._encoding: Encoding = store_config.encoding

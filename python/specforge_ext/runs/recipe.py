@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from specforge_ext.config import Config, ConfigT, override, parse, read_yaml
 from specforge_ext.engines import ENGINES
 from specforge_ext.loader import OrderConfig, StreamConfig
-from specforge_ext.methods import METHODS
+from specforge_ext.methods import METHODS, LimitsDepth, Method
 from specforge_ext.registry import Registry, unknown_name
 from specforge_ext.runs.data import SPLITS, DataConfig, prompt_source
 from specforge_ext.store import STORES
@@ -69,13 +71,21 @@ class RunConfig(Config):
 
 SECTIONS = (
     "name", "output_dir", "run", "engine", "data", "method", "store",
-    "order", "stream", "trainer", "evaluate", "export",
+    "order", "stream", "trainer", "evaluate", "export", "drafts",
 )  # fmt: skip
+DRAFT_KEYS = ("name", "method", "trainer", "evaluate")
+_DRAFT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TAKEN = ("data", "checkpoints", "export", "tensorboard")
+"""Folders of output_dir that are not drafts."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. engine, method and store are (kind, that implementation's config)."""
+    """A validated recipe. engine, method and store are (kind, that implementation's config).
+
+    drafts: where one stream trains several, each one's own recipe, by name: what it would be alone,
+    with a folder of output_dir. method, trainer and evaluate are the first one's then.
+    """
 
     name: str
     output_dir: Path
@@ -90,6 +100,12 @@ class Recipe:
     evaluate: EvaluateConfig
     export: ExportConfig
     source: dict[str, Any]
+    drafts: Mapping[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> Mapping[str, Recipe]:
+        """A recipe for each draft that is trained; a single one has the name ""."""
+        return self.drafts or {"": self}
 
     @property
     def text_temperature(self) -> float:
@@ -101,6 +117,12 @@ class Recipe:
 def load(recipe: str | None, assignments: list[str]) -> Recipe:
     """recipe: a path, or the name of a shipped recipe; None is the demo."""
     return build(override(read_yaml(find(recipe or "demo")), assignments))
+
+
+def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """`[RECIPE] [key.sub=value ...]` for `load`."""
+    named = bool(arguments) and "=" not in arguments[0]
+    return (arguments[0] if named else None), arguments[named:]
 
 
 def find(recipe: str) -> Path:
@@ -121,24 +143,89 @@ def build(data: dict[str, Any]) -> Recipe:
             raise ValueError(unknown_name("key", key, list(SECTIONS)))
     if not isinstance(data.get("name"), str):
         raise ValueError(f"name: wanted the name of the recipe, got {data.get('name')!r}")
+    if "drafts" in data:
+        parts = _drafts(data)
+        first = next(iter(parts.values()))
+        output_dir = first.output_dir.parent
+        return replace(first, name=data["name"], output_dir=output_dir, source=data, drafts=parts)
     texts = _section(DataConfig, data, "data")
     for split in SPLITS:
         prompt_source(getattr(texts, split), where=f"data.{split}")
+    method = _kind(METHODS, data, "method")
+    evaluation = _section(EvaluateConfig, data, "evaluate")
+    check_depth(METHODS.get(method[0])(method[1]), evaluation)
     return Recipe(
         name=data["name"],
         output_dir=Path(data.get("output_dir") or f"runs/{data['name']}"),
         run=_section(RunConfig, data, "run"),
         engine=_kind(ENGINES, data, "engine"),
         data=texts,
-        method=_kind(METHODS, data, "method"),
+        method=method,
         store=_store(data),
         order=_section(OrderConfig, data, "order"),
         stream=_section(StreamConfig, data, "stream"),
         trainer=_section(TrainerConfig, data, "trainer"),
-        evaluate=_section(EvaluateConfig, data, "evaluate"),
+        evaluate=evaluation,
         export=_section(ExportConfig, data, "export"),
         source=data,
     )
+
+
+def _drafts(data: dict[str, Any]) -> dict[str, Recipe]:
+    """Each draft's own recipe. ValueError names what is wrong with an entry."""
+    entries = data["drafts"]
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"drafts: wanted a list of {{name, method, ...}}, got {entries!r}")
+    if "method" in data:
+        raise ValueError("method: wanted none beside drafts, each of which has its own")
+    common = {key: value for key, value in data.items() if key != "drafts"}
+    output_dir = Path(data.get("output_dir") or f"runs/{data['name']}")
+    parts: dict[str, Recipe] = {}
+    for i, entry in enumerate(entries):
+        name = _draft_name(entry, where=f"drafts.{i}")
+        if name in parts:
+            raise ValueError(f"drafts.{i}.name: wanted a name of its own, got {name!r} again")
+        own = {
+            **common,
+            "name": f"{data['name']}/{name}",
+            "output_dir": str(output_dir / name),
+            "method": entry.get("method"),
+            **{
+                key: {**_mapping(data, key), **_mapping(entry, key)}
+                for key in ("trainer", "evaluate")
+            },
+        }
+        try:
+            parts[name] = build(own)
+        except ValueError as error:
+            raise ValueError(f"drafts.{i} ({name}): {error}") from None
+    return parts
+
+
+def _draft_name(entry: Any, *, where: str) -> str:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: wanted a section, got {entry!r}")
+    for key in entry:
+        if key not in DRAFT_KEYS:
+            raise ValueError(f"{where}: {unknown_name('key', key, list(DRAFT_KEYS))}")
+    name = entry.get("name")
+    if not isinstance(name, str) or not _DRAFT_NAME.fullmatch(name) or name in _TAKEN:
+        raise ValueError(
+            f"{where}.name: wanted letters, digits, '_', '.' and '-', and none of "
+            f"{', '.join(_TAKEN)}, got {name!r}"
+        )
+    return name
+
+
+def check_depth(method: Method, evaluation: EvaluateConfig) -> None:
+    """ValueError if evaluation would ask for more tokens in a round than the method can propose."""
+    if not isinstance(method, LimitsDepth) or not evaluation.num_prompts:
+        return
+    if evaluation.depth > method.max_depth:
+        raise ValueError(
+            f"evaluate.depth: wanted at most {method.max_depth}, which is what {method.name} "
+            f"proposes in a round with this config, got {evaluation.depth}"
+        )
 
 
 def _store(data: dict[str, Any]) -> tuple[str, StoreConfig]:

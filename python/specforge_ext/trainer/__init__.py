@@ -3,11 +3,14 @@
 from specforge_ext.trainer.config import TrainerConfig
 from specforge_ext.trainer.data import StepData, StepSource
 from specforge_ext.trainer.distributed import CollectiveError, World, open_world
+from specforge_ext.trainer.joint import JointTrainer, Lane
 from specforge_ext.trainer.loop import Trainer, TrainResult
 from specforge_ext.trainer.step import NonFiniteError
 
 __all__ = [
     "CollectiveError",
+    "JointTrainer",
+    "Lane",
     "NonFiniteError",
     "StepData",
     "StepSource",

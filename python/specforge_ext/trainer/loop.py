@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from specforge_ext.methods.base import Method
 from specforge_ext.trainer import rng
 from specforge_ext.trainer.checkpoint import Checkpointer, Meta, read_meta
 from specforge_ext.trainer.config import NUMERIC_FIELDS, TrainerConfig
-from specforge_ext.trainer.data import StepSource
+from specforge_ext.trainer.data import StepData, StepSource
 from specforge_ext.trainer.distributed import World
 from specforge_ext.trainer.metrics import Clock, Sink, metrics_line, open_sinks
 from specforge_ext.trainer.optim import ShardedAdamW
@@ -59,7 +59,8 @@ class Trainer:
     draft: on the world's device, float32, equal on every rank; it is sharded in place.
     identity: JSON values that a run that resumes must share (recipe, hash of the data plan, ...);
     the trainer adds its own. identity_defaults: what a checkpoint of an older version, which lacks
-    a value, stands for. Writes metrics.jsonl, tensorboard/ and checkpoints/ into output_dir.
+    a value, stands for. label: stands before what is shown of it, where several drafts train.
+    Writes metrics.jsonl, tensorboard/ and checkpoints/ into output_dir.
     """
 
     def __init__(
@@ -73,10 +74,16 @@ class Trainer:
         world: World,
         identity: Mapping[str, Any] | None = None,
         identity_defaults: Mapping[str, Any] | None = None,
+        label: str = "",
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
+        self._label = label
+        self._state = _RunState(config.headline_metric)
+        self._start_s = time.perf_counter()
+        self._sinks: list[Sink] = []
+        self._clock = Clock()
         self._data = data
         self._output_dir = output_dir
         self._world = world
@@ -114,22 +121,76 @@ class Trainer:
 
         Raises ValueError if that checkpoint is of another run, NonFiniteError, CollectiveError.
         """
-        rng.seed_everything(self._config.seed, self._world.rank)
-        state = self._resume()
-        start_s = time.perf_counter()
+        self.begin()
         with ExitStack() as stack:
             stop = stack.enter_context(stop_on_sigterm())
-            sinks = self._open_sinks(state.step)
-            for sink in sinks:
-                stack.callback(sink.close)
-            self._run(state, sinks, stop)
+            self.open_sinks(stack)
+            self._run(stop)
+        return self.result()
+
+    # What `fit` is made of, for who shares a stream among several.
+
+    def begin(self) -> None:
+        """Seed this process, and go to the checkpoint that the config names."""
+        rng.seed_everything(self._config.seed, self._world.rank)
+        self._state = self._resume()
+        self._start_s = time.perf_counter()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._state.step
+
+    @property
+    def done(self) -> bool:
+        return self._state.step == self.total_steps
+
+    def open_sinks(self, stack: ExitStack) -> None:
+        """Where metrics go, until the stack ends."""
+        self._sinks = self._open_sinks(self._state.step)
+        for sink in self._sinks:
+            stack.callback(sink.close)
+        self._clock = Clock()
+
+    def advance(self, data: StepData, stop: Callable[[], bool]) -> bool:
+        """One step, with its metrics and its checkpoint; whether any rank was asked to stop."""
+        state = self._state
+        if data.step != state.step:
+            raise ValueError(f"StepSource: wanted step {state.step}, got {data.step}")
+        report = self._step.run(data, stop=stop)
+        state.count(report)
+        self._clock.count(report)
+        last = report.stop or self.done
+        if last or state.step % self._config.log_every_steps == 0:
+            line = metrics_line(report, self._clock.lap())
+            for sink in self._sinks:
+                sink.write(line)
+        if last or state.step % self._config.checkpoint.every_steps == 0:
+            self.save()
+        return report.stop
+
+    def save(self) -> None:
+        """All ranks: a checkpoint of this step, if there is none yet."""
+        meta = Meta(
+            step=self._state.step,
+            world_size=self._world.size,
+            updates=self._optimizer.updates,
+            samples=self._state.samples,
+            tokens=self._state.tokens,
+            metric=self._state.take_headline(),
+            identity=self._identity,
+        )
+        self._state.checkpoint = self._checkpointer.save(self._tensors(), meta)
+
+    def result(self) -> TrainResult:
+        state = self._state
         return TrainResult(
             steps=state.step,
             total_steps=self.total_steps,
             resumed_step=state.resumed_step,
             samples_trained=state.samples,
             tokens_trained=state.tokens,
-            wall_s=time.perf_counter() - start_s,
+            wall_s=time.perf_counter() - self._start_s,
             data_wait_s=state.wait_s,
             stopped_by_signal=state.step < self.total_steps,
             final_loss=state.loss,
@@ -140,39 +201,27 @@ class Trainer:
         """All ranks: the whole draft's state dict, detached, on the CPU."""
         return self._shards.full_state_dict()
 
-    def _run(self, state: _RunState, sinks: list[Sink], stop: StopRequest) -> None:
-        if state.step == self.total_steps:
-            log.info("nothing to do: step %d is the last one", state.step)
+    def _run(self, stop: StopRequest) -> None:
+        if self.done:
+            log.info("nothing to do: step %d is the last one", self.step)
             return
-        clock = Clock()
-        for data in self._data.iterate(state.step):
-            if data.step != state.step:
-                raise ValueError(f"StepSource: wanted step {state.step}, got {data.step}")
-            report = self._step.run(data, stop=stop)
-            state.count(report)
-            clock.count(report)
-            last = report.stop or state.step == self.total_steps
-            if last or state.step % self._config.log_every_steps == 0:
-                line = metrics_line(report, clock.lap())
-                for sink in sinks:
-                    sink.write(line)
-            if last or state.step % self._config.checkpoint.every_steps == 0:
-                self._save(state)
-            if last:
+        for data in self._data.iterate(self.step):
+            if self.advance(data, stop) or self.done:
                 return
         raise ValueError(
-            f"StepSource: wanted {self.total_steps} steps, but the data ended after {state.step}"
+            f"StepSource: wanted {self.total_steps} steps, but the data ended after {self.step}"
         )
 
     def _open_sinks(self, step: int) -> list[Sink]:
         if self._world.rank != 0:
             return []
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        sinks = open_sinks(self._config, self._output_dir, resume_step=step)
+        sinks = open_sinks(self._config, self._output_dir, resume_step=step, label=self._label)
         progress = Progress(
             start_step=step,
             total_steps=self.total_steps,
             headline=self._config.headline_metric,
+            label=self._label,
         )
         return [*sinks, progress]
 
@@ -181,18 +230,6 @@ class Trainer:
         draft = {f"draft.{k}": v for k, v in self._shards.draft.state_dict().items()}
         moments = {f"optimizer.{k}": v for k, v in self._optimizer.state().items()}
         return {**draft, **moments}
-
-    def _save(self, state: _RunState) -> None:
-        meta = Meta(
-            step=state.step,
-            world_size=self._world.size,
-            updates=self._optimizer.updates,
-            samples=state.samples,
-            tokens=state.tokens,
-            metric=state.take_headline(),
-            identity=self._identity,
-        )
-        state.checkpoint = self._checkpointer.save(self._tensors(), meta)
 
     def _resume(self) -> _RunState:
         path = self._checkpointer.choose(self._config.checkpoint.resume)

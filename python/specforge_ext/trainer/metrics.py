@@ -154,9 +154,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of weights & biases, of the same id after a resume."""
+    """A run of weights & biases. run_id: the same after a resume."""
 
-    def __init__(self, folder: Path, *, project: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, project: str, run_id: str, settings: Mapping[str, Any]
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -167,7 +169,7 @@ class Wandb:
         self._run = wandb.init(
             project=project,
             dir=str(folder),
-            id=folder.resolve().name,
+            id=run_id,
             config=dict(settings),
             resume="allow",
         )
@@ -194,12 +196,18 @@ def scalars(line: Line) -> dict[str, float]:
     return out
 
 
-def open_sinks(config: TrainerConfig, output_dir: Path, *, resume_step: int) -> list[Sink]:
-    """The sinks that the config asks for, in rank 0 only."""
+def open_sinks(
+    config: TrainerConfig, output_dir: Path, *, resume_step: int, label: str = ""
+) -> list[Sink]:
+    """The sinks that the config asks for, in rank 0 only. label: of one draft among several."""
     sinks: list[Sink] = [JsonLines(output_dir / "metrics.jsonl", resume_step=resume_step)]
     if config.tensorboard:
         sinks.append(TensorBoard(output_dir / "tensorboard", resume_step=resume_step))
     if config.wandb_project is not None:
         settings = config.model_dump(mode="json")
-        sinks.append(Wandb(output_dir, project=config.wandb_project, settings=settings))
+        folder = output_dir.resolve()
+        run_id = f"{folder.parent.name}-{folder.name}" if label else folder.name
+        sinks.append(
+            Wandb(output_dir, project=config.wandb_project, run_id=run_id, settings=settings)
+        )
     return sinks

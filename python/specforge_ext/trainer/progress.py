@@ -14,7 +14,10 @@ Line = Mapping[str, Any]
 
 
 class Progress:
-    """A sink for metrics lines. headline: the metric shown first, None shows every ratio."""
+    """A sink for metrics lines. headline: the metric shown first, None shows every ratio.
+
+    label: before each line; there is no live line then, since several drafts share the terminal.
+    """
 
     def __init__(
         self,
@@ -23,6 +26,7 @@ class Progress:
         total_steps: int,
         headline: str | None,
         console: Console | None = None,
+        label: str = "",
     ) -> None:
         self._console = console or Console()
         self._start_step = start_step
@@ -30,7 +34,8 @@ class Progress:
         self._total_steps = total_steps
         self._headline = headline
         self._live: Live | None = None
-        if self._console.is_terminal:
+        self._label = f"{label}  " if label else ""
+        if self._console.is_terminal and not label:
             self._live = Live(console=self._console, refresh_per_second=4, transient=False)
             self._live.start()
 
@@ -40,7 +45,9 @@ class Progress:
         left_s = elapsed_s / max(steps, 1) * (self._total_steps - line["step"])
         text = describe(line, self._total_steps, left_s=left_s, headline=self._headline)
         if self._live is None:
-            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self._console.print(
+                f"{self._label}{text}", highlight=False, soft_wrap=True, markup=False
+            )
         else:
             self._live.update(Text.assemble(_bar(line["step"], self._total_steps), " ", text))
 

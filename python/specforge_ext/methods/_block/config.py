@@ -130,17 +130,19 @@ def mask_token_id(config: BlockConfig, embed_tokens: Tensor) -> int:
     vocabulary (Qwen 3) no text holds that row; elsewhere it is the tokenizer's last merge,
     about its rarest. Text may hold it: slot 0 always is a known token, so nothing is ambiguous.
     A row of zeros would make the masked slots of the first layer alike. ValueError for one, and for
-    an id outside the vocabulary.
+    an id outside the vocabulary. Of an embedding without values (meta) nothing is looked at.
     """
     vocab_size, named = embed_tokens.shape[0], config.mask_token_id
     if named is not None:
         if named >= vocab_size:
             raise ValueError(f"mask_token_id: wanted less than {vocab_size}, got {named}")
-        if not bool(embed_tokens[named].any()):
+        if not embed_tokens.is_meta and not bool(embed_tokens[named].any()):
             raise ValueError(
                 f"mask_token_id: wanted a token whose embedding is not all zeros, got {named}"
             )
         return named
+    if embed_tokens.is_meta:
+        return vocab_size - 1
     usable = (embed_tokens != 0).any(1).nonzero()[:, 0]
     if not usable.numel():
         raise ValueError("mask_token_id: wanted an embedding that is not all zeros, found none")

@@ -44,7 +44,9 @@ def backbone_config(
     """config.json of a backbone; `dflash_config` may get further keys of the method's own.
 
     max_position_embeddings is the target's: engines make their RoPE tables as long as that.
-    target_layer_ids are 0-based layer outputs, for every engine.
+    target_layer_ids are 0-based layer outputs, for every engine. `causal` is for drafts without
+    sliding layers: vLLM takes it for all layers, and a sliding one is causal in its block, which
+    engines know by themselves.
     """
     layer = shape.layer
     scaling = _scaling(shape.rope_scaling)
@@ -70,7 +72,7 @@ def backbone_config(
         "dflash_config": {
             "mask_token_id": shape.mask_token_id,
             "target_layer_ids": [i - 1 for i in layer_ids(config, target)],
-            "causal": False,
+            **({"causal": False} if sliding is None else {}),
         },
         "hidden_act": "silu",
         "rms_norm_eps": layer.rms_norm_eps,

@@ -65,15 +65,17 @@ class BlockShape:
         )
 
 
-@dataclass(frozen=True)
 class BlockView:
-    """What all layers share. Not a tensor or a container of them, so that FSDP2, which casts a
-    layer's arguments to bfloat16, leaves the tables alone: positions need float32.
+    """What all layers share: where the rows see, and the RoPE tables of context and block.
+
+    Not a dataclass: FSDP2, which casts what a layer is given to bfloat16, looks into those, as into
+    tuples, and would cast the tables.
     """
 
-    plan: BlockPlan
-    context: Tables
-    block: Tables
+    def __init__(self, *, plan: BlockPlan, context: Tables, block: Tables) -> None:
+        self.plan = plan
+        self.context = context
+        self.block = block
 
 
 class BlockLayer(nn.Module):

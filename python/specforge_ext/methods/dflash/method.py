@@ -18,6 +18,8 @@ from specforge_ext.methods._block.objective import (
     slot_metrics,
 )
 from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
+from specforge_ext.methods._block.work import block_work
+from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.dflash.config import DFlashConfig
 from specforge_ext.methods.dflash.drafter import DFlashDrafter
 from specforge_ext.methods.dflash.model import DFlashDraft
@@ -129,6 +131,24 @@ class DFlashMethod:
         draft = DFlashDraft(shape, weights)
         export.load_parameters(draft, checkpoint.tensors)
         return draft.to(weights.embed_tokens.device)
+
+    @property
+    def max_depth(self) -> int:
+        """All slots of a block but the first, which holds the last known token."""
+        return self.config.block_size - 1
+
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """Blocks of block_size rows at up to num_anchors places a sample."""
+        return block_work(
+            self.config,
+            target,
+            tokens=tokens,
+            longest=longest,
+            itemsize=itemsize,
+            recompute=recompute,
+        )
 
     def _row_weight(self, blocks: Blocks, loss: Tensor) -> Tensor:
         """[P] float32."""

@@ -41,6 +41,8 @@ class Eagle3Config(Config):
         next step starts from the normalised hidden state. Both together are EAGLE-3.1 (arXiv
         2605.09992).
     intermediate_size, num_heads, num_kv_heads, head_dim: of the draft's layers, counts.
+    rope_scaling: "target" scales the draft's RoPE as the target's; "none" does not, as published
+        drafts of targets with YaRN, which engines do not all read alike.
     """
 
     ttt_length: Annotated[int, Field(ge=1, le=64)] = 7
@@ -63,6 +65,7 @@ class Eagle3Config(Config):
     num_layers: Positive = 1
     fc_norm: bool = False
     norm_output: bool = False
+    rope_scaling: Literal["target", "none"] = "target"
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:

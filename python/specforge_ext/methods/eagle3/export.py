@@ -30,6 +30,10 @@ about.
 """
 LAYER_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
 """Means the outputs of 0-based layers in SGLang, HF `hidden_states` indices (one more) in vLLM."""
+EAGLE_KEY = "eagle_config"
+"""The section in which SGLang (0.5.23) looks for LAYER_IDS_KEY. At the top level, where vLLM wants
+it, SGLang does not see it and takes its default layers without a word.
+"""
 FURTHER_NORM_NAMES = ("input_layernorm", "hidden_norm")
 """The norm before the attention of layers after the first: in vLLM (0.32), in SGLang (0.5.23). The
 other engine's key is there in both, and not used, so a checkpoint holds the norm under both names.
@@ -83,7 +87,10 @@ def engine_configs(
             f"aux_layer_ids: SGLang cannot capture the embedding (index 0), got {list(ids)}"
         )
     return {
-        "sglang": {**config, LAYER_IDS_KEY: [i - 1 for i in ids]},
+        "sglang": {
+            **config,
+            EAGLE_KEY: {"use_aux_hidden_state": True, LAYER_IDS_KEY: [i - 1 for i in ids]},
+        },
         "vllm": {**config, LAYER_IDS_KEY: list(ids)},
     }
 
@@ -171,6 +178,7 @@ def from_checkpoint(
         ("num_hidden_layers", config.num_layers, count(stored, "num_hidden_layers")),
         ("fc_norm", config.fc_norm, _flag(stored, "fc_norm")),
         ("norm_output", config.norm_output, _flag(stored, "norm_output")),
+        ("norm_before_residual", False, _flag(stored, "norm_before_residual")),
     ):
         if came != asked:
             raise ValueError(f"config.json {key}: wanted {asked}, got {came}")

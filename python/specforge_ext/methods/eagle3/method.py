@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.eagle3 import export
 from specforge_ext.methods.eagle3.config import Eagle3Config, aux_layer_ids
 from specforge_ext.methods.eagle3.drafter import Eagle3Drafter
@@ -15,6 +16,7 @@ from specforge_ext.methods.eagle3.model import DraftShape, Eagle3Draft, TttSums
 from specforge_ext.methods.eagle3.objective import padded_positions
 from specforge_ext.methods.eagle3.vocab import build_draft_vocab, count_scored_tokens
 from specforge_ext.nn.layer import LayerShape
+from specforge_ext.nn.saved import fused_stack_bytes, mlp_bytes
 from specforge_ext.records import (
     DraftCheckpoint,
     DraftVocab,
@@ -129,23 +131,43 @@ class Eagle3Method:
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> Eagle3Draft:
         return export.from_checkpoint(checkpoint, weights, self.config)
 
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """All tokens at each step of training-time test."""
+        config, shape = self.config, self._layer_shape(target)
+        rows = tokens * config.ttt_length
+        row = fused_stack_bytes(shape, itemsize, num_layers=config.num_layers, recompute=recompute)
+        fused = tokens * target.hidden_size * len(aux_layer_ids(config, target)) * itemsize
+        again = tokens * mlp_bytes(shape, itemsize) if recompute else 0
+        return StepWork(
+            rows=rows,
+            saved_bytes=rows * row + fused + again,
+            logits_vocab=target.vocab_size,
+            head_bytes=4 * (config.draft_vocab_size or target.vocab_size) * target.hidden_size,
+        )
+
+    def _layer_shape(self, target: TargetSpec) -> LayerShape:
+        config = self.config
+        return LayerShape(
+            hidden_size=target.hidden_size,
+            intermediate_size=config.intermediate_size or target.intermediate_size,
+            num_heads=config.num_heads or target.num_heads,
+            num_kv_heads=config.num_kv_heads or target.num_kv_heads,
+            head_dim=config.head_dim or target.head_dim,
+            rms_norm_eps=target.rms_norm_eps,
+        )
+
     def _shape(self, target: TargetSpec, vocab: DraftVocab) -> DraftShape:
         config = self.config
         return DraftShape(
-            layer=LayerShape(
-                hidden_size=target.hidden_size,
-                intermediate_size=config.intermediate_size or target.intermediate_size,
-                num_heads=config.num_heads or target.num_heads,
-                num_kv_heads=config.num_kv_heads or target.num_kv_heads,
-                head_dim=config.head_dim or target.head_dim,
-                rms_norm_eps=target.rms_norm_eps,
-            ),
+            layer=self._layer_shape(target),
             features_width=target.hidden_size * len(aux_layer_ids(config, target)),
             num_features=len(aux_layer_ids(config, target)),
             vocab_size=target.vocab_size,
             draft_vocab_size=vocab.size,
             rope_theta=target.rope_theta,
-            rope_scaling=target.rope_scaling,
+            rope_scaling=target.rope_scaling if config.rope_scaling == "target" else None,
         )
 
     def _weight(self, sums: TttSums, batch: PackedBatch) -> Tensor:

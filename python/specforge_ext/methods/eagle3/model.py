@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
+from specforge_ext.methods._ttt_plan import TttPlan, build_plan, labelled_per_step
 from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
-from specforge_ext.methods.eagle3.plan import TttPlan, build_plan
 from specforge_ext.nn.attention import OwnKeys, split_attention
 from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, LayerShape, PlainLayer
 from specforge_ext.nn.norm import RMSNorm
@@ -139,7 +139,7 @@ class Eagle3Draft(nn.Module):
         )
         hidden = self.backbone(plan, input_ids, positions, aux)
         loss = self.score(plan, torch.cat(hidden), teacher, last, lengths)
-        labelled = _labelled_per_step(teacher.labelled, lengths, self.config.ttt_length)
+        labelled = labelled_per_step(teacher.labelled, lengths, self.config.ttt_length)
         return TttSums(
             loss=loss.loss_sum,
             step_loss=loss.step_loss,
@@ -244,12 +244,6 @@ class Eagle3Draft(nn.Module):
         """Un-normed hidden states [..., H] -> [..., Vd]."""
         normed = self.norm(hidden)
         return F.linear(normed.to(self.lm_head.weight.dtype), self.lm_head.weight)
-
-
-def _labelled_per_step(labelled: Tensor, lengths: Sequence[int], ttt_length: int) -> Tensor:
-    """[L] float64, CPU: the rows t with labelled[t + i] in the same sample, of each step i."""
-    places = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])[labelled]
-    return (places[:, None] >= torch.arange(ttt_length)).sum(0).double()
 
 
 def _select(x: Tensor, rows: Tensor | None) -> Tensor:

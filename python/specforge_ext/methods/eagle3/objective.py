@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specforge_ext.methods._ttt_plan import TttPlan
 from specforge_ext.methods.eagle3.config import Eagle3Config
-from specforge_ext.methods.eagle3.plan import TttPlan
 from specforge_ext.ops import DraftLoss, KlSchedule, RowLoss, draft_loss
 
 _ACCEPTANCE_LOSSES = ("lk_alpha", "lk_lambda")

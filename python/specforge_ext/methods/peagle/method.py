@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.eagle3.config import aux_layer_ids
 from specforge_ext.methods.eagle3.init import init_from_target, init_random
 from specforge_ext.methods.eagle3.model import DraftShape
@@ -17,6 +19,7 @@ from specforge_ext.methods.peagle.drafter import PEagleDrafter
 from specforge_ext.methods.peagle.model import ChainSums, PEagleDraft
 from specforge_ext.methods.peagle.plan import draw_chains
 from specforge_ext.nn.layer import LayerShape
+from specforge_ext.nn.saved import fused_stack_bytes, mlp_bytes
 from specforge_ext.records import (
     DraftCheckpoint,
     DraftVocab,
@@ -139,18 +142,47 @@ class PEagleMethod:
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> PEagleDraft:
         return export.from_checkpoint(checkpoint, weights, self.config)
 
+    @property
+    def max_depth(self) -> int:
+        """The depths that the draft learns."""
+        return self.config.num_depths
+
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """All tokens at depth 0, and the share of them that each further depth draws."""
+        config, shape = self.config, self._layer_shape(target)
+        shares = [
+            max(config.down_sample_ratio**d, config.down_sample_ratio_min)
+            for d in range(config.num_depths)
+        ]
+        rows = math.ceil(tokens * sum(shares))
+        row = fused_stack_bytes(shape, itemsize, num_layers=config.num_layers, recompute=recompute)
+        fused = tokens * target.hidden_size * len(aux_layer_ids(config, target)) * itemsize
+        again = rows * mlp_bytes(shape, itemsize) if recompute else 0
+        return StepWork(
+            rows=rows,
+            saved_bytes=rows * row + fused + again,
+            logits_vocab=target.vocab_size,
+            head_bytes=4 * (config.draft_vocab_size or target.vocab_size) * target.hidden_size,
+        )
+
+    def _layer_shape(self, target: TargetSpec) -> LayerShape:
+        config = self.config
+        return LayerShape(
+            hidden_size=target.hidden_size,
+            intermediate_size=config.intermediate_size or target.intermediate_size,
+            num_heads=config.num_heads or target.num_heads,
+            num_kv_heads=config.num_kv_heads or target.num_kv_heads,
+            head_dim=config.head_dim or target.head_dim,
+            rms_norm_eps=target.rms_norm_eps,
+        )
+
     def _shape(self, target: TargetSpec, vocab: DraftVocab) -> DraftShape:
         config = self.config
         ids = aux_layer_ids(config, target)
         return DraftShape(
-            layer=LayerShape(
-                hidden_size=target.hidden_size,
-                intermediate_size=config.intermediate_size or target.intermediate_size,
-                num_heads=config.num_heads or target.num_heads,
-                num_kv_heads=config.num_kv_heads or target.num_kv_heads,
-                head_dim=config.head_dim or target.head_dim,
-                rms_norm_eps=target.rms_norm_eps,
-            ),
+            layer=self._layer_shape(target),
             features_width=target.hidden_size * len(ids),
             num_features=len(ids),
             vocab_size=target.vocab_size,

@@ -2,11 +2,11 @@
 engine.
 
 SGLang 0.5.23 refuses them where there is no CUDA, NPU or XPU. What is lifted here: three refusals
-of the device, the list of attention backends that a draft may use, a word that the CPU's
-attention backend wants of a verify input, and streams. One value is kept from being rounded:
-SGLang casts a block's embeddings to bfloat16 whatever dtype it serves in, which a float32 layer
-cannot take; for a target whose checkpoint is bfloat16 that cast changes nothing. All else is
-SGLang's own.
+of the device, and Domino's of other dtypes than bfloat16; the list of attention backends that a
+draft may use, a word that the CPU's attention backend wants of a verify input, and streams. One
+value is kept from being rounded: SGLang casts a block's embeddings to bfloat16 whatever dtype it
+serves in, which a float32 layer cannot take; for a target whose checkpoint is bfloat16 that cast
+changes nothing. All else is SGLang's own.
 
 Loaded through the entry point of the folder beside this file, when the folder is on PYTHONPATH.
 """
@@ -83,8 +83,16 @@ def resolve_dspark(original: Callable[..., None], server_args: Any) -> None:
 
 
 def check_domino(original: Callable[..., None], *, device: torch.device, **rest: Any) -> None:
-    """All of the check but the device."""
-    original(device=torch.device("cuda"), **rest)
+    """All of the check but the device and the dtype: while it looks, weights are bfloat16."""
+    modules = (rest[name] for name in ("target_embedding", "lm_head", "prefix_gru", "embed_proj"))
+    held = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
+    try:
+        for parameter, data in held:
+            parameter.data = data.bfloat16()
+        original(device=torch.device("cuda"), **rest)
+    finally:
+        for parameter, data in held:
+            parameter.data = data
 
 
 def chain_metadata(original: Callable[..., Any], backend: Any, batch: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Which rows of a packed batch are computed at which step of training-time test.
+"""Which rows of a packed batch are computed at which step of training-time test (arXiv
+2503.01840).
 
 A row is active at step i if it is scored at step i or later. Later steps' keys are seen by their
 own row only and step-0 keys come from the layer's input, so a row that is not active needs nothing
@@ -110,3 +111,9 @@ def _pair_source(maps: TttMaps, num_tokens: int, compaction: bool) -> Tensor:
         return maps.pair_source.long()
     step = maps.pair_step.long()
     return step * num_tokens + maps.teacher_rows.long()[maps.pair_teacher.long()] - step
+
+
+def labelled_per_step(labelled: Tensor, lengths: Sequence[int], ttt_length: int) -> Tensor:
+    """[L] float64, CPU: the rows t with labelled[t + i] in the same sample, of each step i."""
+    places = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])[labelled]
+    return (places[:, None] >= torch.arange(ttt_length)).sum(0).double()
