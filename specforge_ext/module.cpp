@@ -27,4 +27,5 @@ PYBIND11_MODULE(_C, m) {
   sf::bind_transport(m);
   sf::bind_device_arena(m);
   sf::bind_wire(m);
+  sf::bind_ref(m);
 }

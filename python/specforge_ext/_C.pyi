@@ -41,6 +41,7 @@ __all__: list[str] = [
     "own_keys_grads",
     "own_keys_merge",
     "pack_samples",
+    "ref_is_valid",
     "row_stats",
     "set_isa",
     "step_sums",
@@ -408,6 +409,11 @@ def pack_samples(
     out_features: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def ref_is_valid(ref: typing.Any) -> bool:
+    """
+    False also for values of subclasses of int, str and tuple. AttributeError for no ref.
+    """
+
 def row_stats(
     logits: torch.Tensor,
     lse: torch.Tensor,

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -80,7 +81,7 @@ class FeatureLayout:
         if len(set(names)) != len(names):
             raise ValueError(f"FeatureLayout: feature names must be unique, got {names}")
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """16 hexadecimal digits that change when anything in the layout does."""
         text = json.dumps([asdict(spec) for spec in self.features], sort_keys=True)

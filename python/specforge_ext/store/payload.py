@@ -308,19 +308,17 @@ def views(extent: object, ref: SampleRef) -> dict[str, Tensor]:
 
 def stored_sample(extent: object, ref: SampleRef) -> StoredSample:
     """Views of all that a sample holds; of a TensorExtent, the prompt is a copy on the CPU."""
-    plain = [tensor for tensor in ref.tensors if tensor.encoding == "none"]
-    tensors = views(extent, replace(ref, tensors=tuple(plain)))
-    own = isinstance(extent, TensorExtent)
-    ids, mask = (tensors.pop(name).to("cpu", copy=own) for name in ("input_ids", "loss_mask"))
-    prompt = Prompt(ref.sample_id, ids, mask)
-    return StoredSample(
-        prompt,
-        {
-            t.name: tensors[t.name] if t.name in tensors else _encoded_view(extent, t)
-            for t in ref.tensors
-            if t.name not in ("input_ids", "loss_mask")
-        },
-    )
+    prompt: dict[str, Tensor] = {}
+    features: dict[str, Tensor | EncodedFeature] = {}
+    for t in ref.tensors:
+        if t.encoding != "none":
+            features[t.name] = _encoded_view(extent, t)
+            continue
+        view = _view(extent, t.offset, DTYPES[t.dtype], t.shape)
+        (prompt if t.name in ("input_ids", "loss_mask") else features)[t.name] = view
+    if isinstance(extent, TensorExtent):
+        prompt = {name: tensor.to("cpu", copy=True) for name, tensor in prompt.items()}
+    return StoredSample(Prompt(ref.sample_id, **prompt), features)
 
 
 def _encoded_view(extent: object, ref: TensorRef) -> EncodedFeature:
@@ -338,4 +336,5 @@ def _view(extent: object, offset: int, dtype: torch.dtype, shape: tuple[int, ...
         return extent.whole[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)  # frombuffer refuses to see nothing
-    return torch.frombuffer(extent, dtype=dtype, count=count, offset=offset).view(shape)
+    flat = torch.frombuffer(extent, dtype=dtype, count=count, offset=offset)
+    return flat if len(shape) == 1 else flat.view(shape)
