@@ -271,6 +271,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "eagle3": {"draft_vocab_size": 2048, "ttt_length": 3},
     "peagle": {"draft_vocab_size": 2048, "num_depths": 4},
     "dflash": {"num_layers": 2, "layer_ids": [2, 5, 7], "num_anchors": 64, "block_size": 6},
+    "domino": {
+        **{"num_layers": 2, "layer_ids": [2, 5, 7], "num_anchors": 64, "block_size": 6},
+        **{"gru_hidden_dim": 128, "emb_dim": 64},
+    },
+    "dspark": {
+        **{"num_layers": 2, "layer_ids": [2, 5, 7], "num_anchors": 64, "block_size": 6},
+        "markov_rank": 64,
+    },
 }
 OPTIONS = [
     ("eagle3", {}),
@@ -278,6 +286,11 @@ OPTIONS = [
     ("peagle", {}),
     ("dflash", {}),
     ("dflash", {"num_layers": 1, "num_anchors": 16, "block_size": 12}),
+    ("domino", {}),
+    ("domino", {"num_layers": 1, "gru_hidden_dim": 256}),
+    ("dspark", {}),
+    ("dspark", {"num_layers": 1, "markov_head": "gated"}),
+    ("dspark", {"num_layers": 1, "markov_head": "rnn"}),
 ]
 LENGTH = 128
 

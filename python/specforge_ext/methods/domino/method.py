@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from specforge_ext.methods._block.init import init_from_target, init_random
 from specforge_ext.methods._block.model import BlockShape
 from specforge_ext.methods._block.objective import RATIOS, slot_metrics
 from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
+from specforge_ext.methods._block.work import block_work
+from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.domino import export
 from specforge_ext.methods.domino.config import DominoConfig
 from specforge_ext.methods.domino.drafter import DominoDrafter
@@ -103,6 +106,28 @@ class DominoMethod:
     def max_depth(self) -> int:
         """The slots that predict a token which is not known yet."""
         return self.config.block_size - self.config.first
+
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """The backbone's; of a row the recurrence (candidate, gates, states) and the correction."""
+        config = self.config
+        backbone = block_work(
+            config,
+            target,
+            tokens=tokens,
+            longest=longest,
+            itemsize=itemsize,
+            recompute=recompute,
+        )
+        state, rank = config.gru_hidden_dim, config.emb_dim
+        row = (8 * state + target.hidden_size + state + 3 * rank) * itemsize
+        corrected = backbone.rows // config.block_size * (config.block_size - 1)
+        return replace(
+            backbone,
+            saved_bytes=backbone.saved_bytes + corrected * row,
+            head_bytes=4 * target.vocab_size * rank,
+        )
 
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype

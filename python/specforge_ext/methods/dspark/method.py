@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from specforge_ext.methods._block.init import init_from_target, init_random
 from specforge_ext.methods._block.model import BlockShape
 from specforge_ext.methods._block.objective import RATIOS, slot_metrics
 from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
+from specforge_ext.methods._block.work import block_work
+from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.dspark import export
 from specforge_ext.methods.dspark.config import TEACHER, DSparkConfig, dspark_layout
 from specforge_ext.methods.dspark.drafter import DSparkDrafter
@@ -108,6 +111,29 @@ class DSparkMethod:
     def max_depth(self) -> int:
         """A token from every slot of a block."""
         return self.config.block_size
+
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """The backbone's, and of a row what the heads read."""
+        config = self.config
+        backbone = block_work(
+            config,
+            target,
+            tokens=tokens,
+            longest=longest,
+            itemsize=itemsize,
+            recompute=recompute,
+        )
+        rank = config.markov_rank
+        joined = target.hidden_size + rank
+        per_row = {"vanilla": 0, "gated": joined + 2 * rank, "rnn": joined + 10 * rank}
+        row = (per_row[config.markov_head] + 2 * rank + config.has_confidence * joined) * itemsize
+        return replace(
+            backbone,
+            saved_bytes=backbone.saved_bytes + backbone.rows * row,
+            head_bytes=4 * target.vocab_size * rank,
+        )
 
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
