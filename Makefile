@@ -11,7 +11,7 @@ build:
 	mkdir -p $(BUILD)
 	cmake -S . -B $(BUILD) -G Ninja -DSPECFORGE_EXT_CUDA=$(CUDA) -DPython_EXECUTABLE=$$($(PYTHON) -c "import sys; print(sys.executable)")
 	cmake --build $(BUILD) --target _C
-	cp $(BUILD)/_C*.so python/specforge_ext/
+	cp --remove-destination $(BUILD)/_C*.so python/specforge_ext/  # processes keep the file they have mapped
 
 stubs:
 	$(PYTHON) tools/make_stubs.py
