@@ -83,20 +83,27 @@ void produce(sf::Producer& producer, Refs& refs, uint64_t seed, int num_samples)
     reservation.publish();
     refs.push({reservation.ref(), pattern, num_words, sum});
 #ifdef PLANTED_RACE
-    // What a producer must not do: the same bytes again, so that only a race detector can tell.
+    // What a producer must not do. A reader may have freed the slot by then, and another sample
+    // may lie in it, so that check_bytes looks without judging: the race detector has to tell.
     if (num_words != 0) std::memcpy(reservation.data(), &pattern, sizeof pattern);
 #endif
   }
 }
+
+#ifdef PLANTED_RACE
+void expect_content(bool, const char*) {}
+#else
+void expect_content(bool condition, const char* what) { expect(condition, what); }
+#endif
 
 void check_bytes(const sf::Lease& lease, const Published& published) {
   expect(lease.nbytes() == published.num_words * 8, "a lease has another size than was published");
   for (uint64_t i = 0; i < published.num_words; ++i) {
     uint64_t word;
     std::memcpy(&word, lease.data() + i * 8, 8);
-    expect(word == published.pattern, "a lease shows bytes of another sample");
+    expect_content(word == published.pattern, "a lease shows bytes of another sample");
   }
-  expect(sf::crc32c(lease.data(), lease.nbytes()) == published.checksum, "checksum");
+  expect_content(sf::crc32c(lease.data(), lease.nbytes()) == published.checksum, "checksum");
 }
 
 template <typename Call>
