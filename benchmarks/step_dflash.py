@@ -183,7 +183,7 @@ def specforge_step(problem: Problem, *, attention: str) -> Step:
         loss_decay_gamma=GAMMA,
     )
     padded = {name: pad(x, problem.batch.lengths) for name, x in tensors(problem.batch).items()}
-    anchors = padded_anchors(problem)
+    anchors = padded_anchors(problem.batch, problem.anchors)
     model._sample_anchor_positions = lambda *_: anchors
 
     def step() -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,10 +207,10 @@ def pad(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return pad_sequence(x.split(list(lengths)), batch_first=True)
 
 
-def padded_anchors(problem: Problem) -> tuple[Tensor, Tensor]:
+def padded_anchors(batch: PackedBatch, anchors: Anchors) -> tuple[Tensor, Tensor]:
     """[B, A] places in their samples, 0 where there is none, and [B, A] bool: where there is."""
-    starts = problem.batch.cu_seqlens[:-1].tolist()
-    own = problem.anchors.places.long().split(problem.anchors.bounds.diff().tolist())
+    starts = batch.cu_seqlens[:-1].tolist()
+    own = anchors.places.long().split(anchors.bounds.diff().tolist())
     places = [x - start for x, start in zip(own, starts, strict=True)]
     keep = pad_sequence([torch.ones(len(x)) for x in own], batch_first=True).bool()
     return pad_sequence(places, batch_first=True), keep

@@ -107,7 +107,7 @@ def specforge_step(problem: dflash.Problem) -> dflash.Step:
     lengths = problem.batch.lengths
     padded = {name: dflash.pad(x, lengths) for name, x in dflash.tensors(problem.batch).items()}
     padded["target_last_hidden_states"] = dflash.pad(problem.batch.features["last"], lengths)
-    places, keep = dflash.padded_anchors(problem)
+    places, keep = dflash.padded_anchors(problem.batch, problem.anchors)
     model._sample_anchor_positions = lambda *_, **__: (places, keep)
 
     def step() -> tuple[Tensor, dict[str, Tensor]]:
