@@ -8,10 +8,13 @@ order, for as many steps, with the same settings of AdamW, clipping and schedule
 in turns. SpecForge runs its own model, loss, padding and optimizer, in float32 on the CPU. What it
 trained comes back through our converter, and one evaluator decodes with all drafts.
 
-Sides beside `specforge` and `specforge_ext`, whose losses are the same thing and are compared at
-every step: `specforge_ext/recipe` divides EAGLE-3's loss as the recipe says, by scored rows;
-`specforge/own-anchors` draws DFlash's anchors itself. Intervals are 95 %, bootstrap over prompts;
-those of ratios take the same prompts for both. Ends with 1 if ours is worse beyond an interval.
+`specforge` and `specforge_ext` have the same loss (DFlash: with the anchors that ours draws), which
+is compared at every step. `specforge_ext/recipe` divides EAGLE-3's loss as the recipe says, by
+scored rows. With --controls SpecForge is trained again beside itself: `specforge/nudged` from
+weights changed in their last place, `specforge/own-anchors` with the anchors that it draws.
+
+Intervals are 95 %, bootstrap over prompts; those of ratios take the same prompts for both. Ends
+with 1 if ours is worse beyond its interval.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from acceptance_sides import SIDES, Batch, Setting, Side
+from acceptance_sides import CONTROLS, SIDES, Batch, Setting, Side
 from common import commit, machine
 from fp8_runs import Shared, share
 from specforge_ext.evaluate import EvalResult, evaluate, summarise
@@ -222,13 +225,13 @@ def compare(baseline: Sequence[EvalResult], other: Sequence[EvalResult]) -> Rati
 
 
 def run_seed(
-    method: str, recipe: Recipe, shared: Shared, world: World, decoded: Decoded
+    recipe: Recipe, shared: Shared, world: World, decoded: Decoded, *, controls: bool
 ) -> list[dict[str, Any]]:
     """Trains all sides and decodes with them; a row of results each."""
-    batches = make_batches(shared, recipe)
+    method, batches = shared.method.name, make_batches(shared, recipe)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(shared, recipe, len(batches), Path(folder), world)
-        sides = SIDES[method](setting)
+        sides = [*SIDES[method](setting), *(CONTROLS[method](setting) if controls else ())]
         trained = train(sides, batches)
         drafts = {side.name: side.draft() for side in sides}
     rows = []
@@ -328,6 +331,7 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--methods", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--controls", action="store_true", help="SpecForge beside itself, too")
     parser.add_argument("--quick", action="store_true", help="few steps, within 40 s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     parser.add_argument("--set", nargs="*", default=[], help="more of the recipe: key.sub=value")
@@ -361,7 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for seed in chosen.seeds:
                 own = [*cuts, f"run.seed={seed}", f"trainer.seed={seed}"]
                 recipe = load(RECIPES[method], own)
-                content["rows"] += run_seed(method, recipe, shared, world, decoded)
+                content["rows"] += run_seed(
+                    recipe, shared, world, decoded, controls=chosen.controls
+                )
             content["compared"] += compare_all(method, decoded)
             if chosen.json:
                 chosen.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -6,6 +6,7 @@ and go as its checkpoints, by `specforge_ext.export.convert`, both ways.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from specforge_ext.records import (
 )
 from specforge_ext.runs.recipe import Recipe
 from specforge_ext.trainer import StepData, Trainer, TrainerConfig, World
-from specforge_ext.trainer.schedule import warmup_steps
+from specforge_ext.trainer.schedule import learning_rate
 from step import import_specforge
 from step_dflash import padded_anchors
 
@@ -159,10 +160,25 @@ class SpecForgeSide:
             with torch.compiler.set_stance("force_eager"):
                 loss = self.strategy.forward_loss(padded).loss
                 loss.backward()
-                self.optimizer.step()
+                specforge_update(
+                    self.optimizer,
+                    self._setting.recipe.trainer,
+                    batch.data.step,
+                    self._setting.total_steps,
+                )
             return float(loss.detach())
 
         return step
+
+    def nudge(self) -> None:
+        """Changes every weight by about 1e-7 of itself, one unit in its last place."""
+        generator = torch.Generator().manual_seed(self._setting.recipe.run.seed)
+        with torch.no_grad():
+            for weight, copy in zip(
+                self.optimizer.model_params, self.optimizer.fp32_params, strict=True
+            ):
+                weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
+                copy.copy_(weight)
 
     def draft(self) -> nn.Module:
         """Through its training_state.pt and our converter."""
@@ -190,8 +206,8 @@ class SpecForgeSide:
         ours, theirs = self._folder / "ours", self._folder / "start"
         write(DraftCheckpoint(checkpoint.tensors, next(iter(configs.values()))), ours)
         convert(ours, theirs, to="specforge", target=demo_target_path())
-        config = AutoDraftModelConfig.from_file(str(theirs / "config.json"))
-        config._attn_implementation = "sdpa"
+        with contextlib.redirect_stdout(None):  # it tells what it sets
+            config = AutoDraftModelConfig.from_file(str(theirs / "config.json"))
         # Not its from_pretrained: with this transformers that leaves its RoPE tables uninitialised.
         model = AutoDraftModel.from_config(config).float()
         model.load_state_dict(load_file(theirs / "model.safetensors"))
@@ -241,6 +257,7 @@ class SpecForgeDFlash(SpecForgeSide):
         from specforge.training.strategies.base import DFlashTrainStrategy
 
         config, weights = self._setting.shared.method.config, self._setting.shared.weights
+        self.model.config._attn_implementation = "sdpa"
         draft = self._setting.start()
         assert isinstance(draft, DFlashDraft)
         vocab, hidden = weights.embed_tokens.shape
@@ -301,7 +318,7 @@ class SpecForgeDFlash(SpecForgeSide):
 
 
 def specforge_optimizer(model: nn.Module, config: TrainerConfig, *, total_steps: int) -> Any:
-    """SpecForge's AdamW, clipping and schedule, with our settings where it has no option."""
+    """SpecForge's AdamW and clipping, with our settings where it has no option."""
     from specforge.optimizer import BF16Optimizer
 
     optimizer = BF16Optimizer(
@@ -310,14 +327,22 @@ def specforge_optimizer(model: nn.Module, config: TrainerConfig, *, total_steps:
         weight_decay=config.weight_decay,
         max_grad_norm=float("inf") if config.clip_norm is None else config.clip_norm,
         total_steps=total_steps,
-        # It rounds down, ours up: a half in between is the same number of steps in both.
-        warmup_ratio=(warmup_steps(config, total_steps) + 0.5) / total_steps,
-        lr_scheduler=config.schedule,
     )
     optimizer.configure_grad_norm_reduction(enabled=False)  # no other rank
     for group in optimizer.optimizer.param_groups:
         group["betas"], group["eps"] = config.betas, config.eps
     return optimizer
+
+
+def specforge_update(optimizer: Any, config: TrainerConfig, step: int, total_steps: int) -> None:
+    """Its step at our rate.
+
+    Its cosine is ours on paper, but with torch 2.13 the rate is 2 / (1 + cos(pi / T)) too high from
+    the end of the warm-up on, T steps before the last: 7e-6 of it in the demo, 10 % in six steps.
+    """
+    for group in optimizer.optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, total_steps)
+    optimizer.step()
 
 
 def eagle3_sides(setting: Setting) -> list[Side]:
@@ -333,17 +358,34 @@ def eagle3_sides(setting: Setting) -> list[Side]:
 
 
 def dflash_sides(setting: Setting) -> list[Side]:
-    """SpecForge twice: with our anchors, and with its own draws."""
     method = setting.shared.method
     assert isinstance(method, DFlashMethod) and method.config.dpace is None
     return [
         SpecForgeDFlash(setting, name="specforge", is_twin=True),
-        SpecForgeDFlash(setting, name="specforge/own-anchors", is_twin=False),
         OurSide(setting, method, name="specforge_ext", is_twin=True),
     ]
+
+
+def eagle3_controls(setting: Setting) -> list[Side]:
+    """SpecForge once more, started as far away as float32 rounds."""
+    nudged = SpecForgeEagle3(setting, name="specforge/nudged", is_twin=True)
+    nudged.nudge()
+    return [nudged]
+
+
+def dflash_controls(setting: Setting) -> list[Side]:
+    """The same, and with the anchors that it draws itself."""
+    nudged = SpecForgeDFlash(setting, name="specforge/nudged", is_twin=True)
+    nudged.nudge()
+    return [nudged, SpecForgeDFlash(setting, name="specforge/own-anchors", is_twin=False)]
 
 
 SIDES: dict[str, Callable[[Setting], list[Side]]] = {
     "eagle3": eagle3_sides,
     "dflash": dflash_sides,
 }
+CONTROLS: dict[str, Callable[[Setting], list[Side]]] = {
+    "eagle3": eagle3_controls,
+    "dflash": dflash_controls,
+}
+"""How far apart two runs of SpecForge itself come, when nothing that matters differs."""

@@ -150,20 +150,26 @@ def test_another_start_is_refused() -> None:
         acceptance.check_start({**done, "nan": Trained(True, [float("nan")])})
 
 
-@pytest.mark.parametrize("total", [7, 20, 33])
-def test_specforges_schedule_and_settings_are_ours(total: int) -> None:
+def test_specforges_update_has_our_settings() -> None:
     config = TrainerConfig(
-        lr=0.5, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, warmup_ratio=0.1, clip_norm=0.3
+        lr=0.5, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, warmup_ratio=0.3, clip_norm=0.3
     )
-    draft = torch.nn.Linear(2, 2)
-    theirs = sides_of.specforge_optimizer(draft, config, total_steps=total)
-    for step in range(total):
-        assert theirs.get_learning_rate() == pytest.approx(learning_rate(config, step, total))
-        draft.weight.grad, draft.bias.grad = torch.ones(2, 2), torch.ones(2)
-        theirs.step()
-    (group,) = theirs.optimizer.param_groups
-    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.1)
-    assert theirs.max_grad_norm == 0.3
+    drafts = [torch.nn.Linear(2, 2) for _ in range(2)]
+    drafts[1].load_state_dict(drafts[0].state_dict())
+    ours = torch.optim.AdamW(drafts[0].parameters(), betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    theirs = sides_of.specforge_optimizer(drafts[1], config, total_steps=7)
+    for step in range(7):
+        rate = learning_rate(config, step, 7)
+        gradient = torch.tensor([[3.0, -step], [2.0, 1.0]])
+        for draft in drafts:
+            draft.weight.grad, draft.bias.grad = gradient.clone(), gradient[0].clone()
+        torch.nn.utils.clip_grad_norm_(drafts[0].parameters(), 0.3)
+        for group in ours.param_groups:
+            group["lr"] = rate
+        ours.step()
+        sides_of.specforge_update(theirs, config, step, 7)
+        torch.testing.assert_close(drafts[1].weight, drafts[0].weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(drafts[1].bias, drafts[0].bias, rtol=1e-5, atol=1e-6)
 
 
 def decoded(tokens: list[int], rounds: list[int]) -> EvalResult:
