@@ -296,20 +296,31 @@ def compare_all(method: str, decoded: Decoded) -> list[dict[str, Any]]:
             "length": length,
             "ci95": ci95,
         }
-        low, high = ci95
-        text = f"{method:<7} T={temperature:<4g} {name:<22} {length:.3f} [{low:.3f}, {high:.3f}]"
         if name not in (BASELINE, UNTRAINED):
-            ratio = compare(decoded[BASELINE, temperature], runs)
-            row |= {**asdict(ratio), "ci95": ci95, "ratio95": ratio.ci95, "verdict": ratio.verdict}
-            text += (
-                f"  / {BASELINE} {ratio.ratio:.4f} [{ratio.ci95[0]:.4f}, {ratio.ci95[1]:.4f}]"
-                f"  {ratio.verdict}"
-            )
-            if ratio.seeds95:
-                text += f"; over seeds [{ratio.seeds95[0]:.3f}, {ratio.seeds95[1]:.3f}]"
+            found = compare(decoded[BASELINE, temperature], runs)
+            row |= {
+                "ratio": found.ratio,
+                "ratio_ci95": found.ci95,
+                "ratio_ci95_seeds": found.seeds95,
+                "verdict": found.verdict,
+            }
         rows.append(row)
-        say(text)
     return rows
+
+
+def compared_line(row: Mapping[str, Any]) -> str:
+    low, high = row["ci95"]
+    text = (
+        f"{row['method']:<7} T={row['temperature']:<4g} {row['impl']:<22} "
+        f"{row['length']:.3f} [{low:.3f}, {high:.3f}]"
+    )
+    if "ratio" in row:
+        low, high = row["ratio_ci95"]
+        text += f"  / {BASELINE} {row['ratio']:.4f} [{low:.4f}, {high:.4f}]  {row['verdict']}"
+        if row["ratio_ci95_seeds"]:
+            low, high = row["ratio_ci95_seeds"]
+            text += f"; over {row['seeds']} seeds [{low:.4f}, {high:.4f}]"
+    return text
 
 
 def is_worse(compared: Sequence[Mapping[str, Any]]) -> bool:
@@ -362,15 +373,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shared = share(load(RECIPES[method], cuts), Path(folder))
             say(f"{method}: {shared.dataset.describe()}")
             decoded: Decoded = {}
+            before = content["compared"]
             for seed in chosen.seeds:
                 own = [*cuts, f"run.seed={seed}", f"trainer.seed={seed}"]
                 recipe = load(RECIPES[method], own)
                 content["rows"] += run_seed(
                     recipe, shared, world, decoded, controls=chosen.controls
                 )
-            content["compared"] += compare_all(method, decoded)
-            if chosen.json:
-                chosen.json.write_text(json.dumps(content, indent=1) + "\n")
+                content["compared"] = before + compare_all(method, decoded)
+                if chosen.json:
+                    chosen.json.write_text(json.dumps(content, indent=1) + "\n")
+    for row in content["compared"]:
+        say(compared_line(row))
     return 1 if is_worse(content["compared"]) else 0
 
 
