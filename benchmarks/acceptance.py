@@ -95,13 +95,15 @@ class Trained:
 @dataclass(frozen=True)
 class LossGap:
     """|loss - SpecForge's| / SpecForge's: at the first step, the largest of the first ten, of all,
-    and of the means over the last tenth of the steps.
+    and of the means over the last tenth of the steps. doubling[k]: the largest of steps 2^k to
+    2^(k+1) - 1, counted from 1.
     """
 
     first: float
     first_ten: float
     largest: float
     last_tenth: float
+    doubling: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,15 @@ def loss_gap(baseline: Sequence[float], other: Sequence[float]) -> LossGap:
     gaps = [abs(b - a) / abs(a) for a, b in zip(baseline, other, strict=True)]
     tenth = max(1, len(gaps) // 10)
     ends = [statistics.mean(losses[-tenth:]) for losses in (baseline, other)]
-    return LossGap(gaps[0], max(gaps[:10]), max(gaps), abs(ends[1] - ends[0]) / abs(ends[0]))
+    return LossGap(
+        first=gaps[0],
+        first_ten=max(gaps[:10]),
+        largest=max(gaps),
+        last_tenth=abs(ends[1] - ends[0]) / abs(ends[0]),
+        doubling=tuple(
+            max(gaps[2**k - 1 : 2 ** (k + 1) - 1]) for k in range(len(gaps).bit_length())
+        ),
+    )
 
 
 def decode(recipe: Recipe, shared: Shared, draft: nn.Module, temperature: float) -> EvalResult:

@@ -236,6 +236,7 @@ def test_gaps_between_losses() -> None:
     gap = acceptance.loss_gap(baseline, other)
     assert gap.first == 0 and gap.first_ten == pytest.approx(1e-3)
     assert gap.largest == pytest.approx(0.1) and gap.last_tenth == pytest.approx(0.01)
+    assert gap.doubling == pytest.approx((0, 1e-3, 0, 0.1, 0.015))
 
 
 def test_the_script(tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]) -> None:
