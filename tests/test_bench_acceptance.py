@@ -15,6 +15,7 @@ import torch
 import acceptance
 import acceptance_sides as sides_of
 from acceptance import Trained
+from acceptance_compare import compare, loss_gap
 from acceptance_sides import Batch, Setting, Side
 from fp8_runs import Shared, share
 from specforge_ext.evaluate import EvalResult
@@ -215,9 +216,7 @@ def decoded(tokens: list[int], rounds: list[int]) -> EvalResult:
 )
 def test_lengths_are_compared_by_prompt(tokens: list[int], verdict: str) -> None:
     rounds = [5, 10, 6, 10]
-    ratio = acceptance.compare(
-        [decoded([10, 40, 9, 20], rounds)] * 2, [decoded(tokens, rounds)] * 2
-    )
+    ratio = compare([decoded([10, 40, 9, 20], rounds)] * 2, [decoded(tokens, rounds)] * 2)
     assert ratio.ratio == pytest.approx(sum(tokens) / 79)
     assert ratio.ci95[0] <= ratio.ratio <= ratio.ci95[1]
     assert ratio.verdict == verdict
@@ -233,7 +232,7 @@ def test_lengths_are_compared_by_prompt(tokens: list[int], verdict: str) -> None
 def test_gaps_between_losses() -> None:
     baseline = [2.0] * 20
     other = [2.0, 2.002, *[2.0] * 10, 2.2, *[2.0] * 5, 2.01, 2.03]
-    gap = acceptance.loss_gap(baseline, other)
+    gap = loss_gap(baseline, other)
     assert gap.first == 0 and gap.first_ten == pytest.approx(1e-3)
     assert gap.largest == pytest.approx(0.1) and gap.last_tenth == pytest.approx(0.01)
     assert gap.doubling == pytest.approx((0, 1e-3, 0, 0.1, 0.015))
