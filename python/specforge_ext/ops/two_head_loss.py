@@ -68,9 +68,20 @@ def two_head_loss(
     Formulas: csrc/loss/loss_rows.h.
     """
     _check_presence(loss, (teacher_hidden_RG, teacher_head_VG), label)
-    heads = in_autocast_dtype(hidden_NH, head_VH, narrow_NE, narrow_head_VE)
-    _check_shapes(*heads, teacher_hidden_RG, teacher_head_VG, row_to_teacher, row_weight, label)
-    hidden, head, narrow, narrow_head = heads
+    hidden, head, narrow, narrow_head = in_autocast_dtype(
+        hidden_NH, head_VH, narrow_NE, narrow_head_VE
+    )
+    _check_shapes(
+        hidden,
+        head,
+        narrow,
+        narrow_head,
+        teacher_hidden_RG,
+        teacher_head_VG,
+        row_to_teacher,
+        row_weight,
+        label,
+    )
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(hidden.device, vocab=head.shape[0])
     differentiates = torch.is_grad_enabled()

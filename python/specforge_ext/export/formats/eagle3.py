@@ -26,8 +26,9 @@ from specforge_ext.export.formats.portable import (
     wanted_target,
 )
 from specforge_ext.export.formats.vocab import draft_vocab, whole_vocab
-from specforge_ext.methods.eagle3.config import engine_default_layer_ids
-from specforge_ext.methods.eagle3.export import EAGLE_KEY, FURTHER_NORM_NAMES, LAYER_IDS_KEY
+from specforge_ext.methods._fused.export import LAYER_IDS_KEY
+from specforge_ext.methods._fused.shape import engine_default_layer_ids
+from specforge_ext.methods.eagle3.export import EAGLE_KEY, FURTHER_NORM_NAMES
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 EMBEDDING = "embed_tokens.weight"

@@ -12,39 +12,24 @@ size, F features' width, V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specforge_ext.methods._fused.shape import DraftShape
 from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
 from specforge_ext.methods._ttt_plan import TttPlan, build_plan, labelled_per_step
 from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
 from specforge_ext.nn.attention import OwnKeys, split_attention
-from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, LayerShape, PlainLayer
+from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, PlainLayer
 from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
 from specforge_ext.ops import DraftLoss
 from specforge_ext.records import DraftVocab, TargetWeights
-
-
-@dataclass(frozen=True)
-class DraftShape:
-    """Sizes of a draft. features_width: columns of `aux`, of num_features layers; rope_scaling: as
-    in HF configs.
-    """
-
-    layer: LayerShape
-    features_width: int
-    num_features: int
-    vocab_size: int
-    draft_vocab_size: int
-    rope_theta: float
-    rope_scaling: Mapping[str, object] | None
 
 
 class TttSums(NamedTuple):
@@ -161,6 +146,11 @@ class Eagle3Draft(nn.Module):
         )
 
     @property
+    def vocab(self) -> DraftVocab:
+        """That of the logits."""
+        return DraftVocab(t2d=self.t2d, d2t=self.d2t)
+
+    @property
     def stack(self) -> tuple[DraftLayer, ...]:
         """The layers, first to last."""
         return self.midlayer, *cast("Iterable[PlainLayer]", self.layers.values())
@@ -190,7 +180,7 @@ class Eagle3Draft(nn.Module):
     ) -> tuple[Tensor, list[_LayerKeys]]:
         """Every context row but in the last layer, there the step's rows. Output [n_0, H]."""
         step = plan.steps[0]
-        hidden = self.fuse(aux.index_select(0, plan.context))
+        hidden = self.first_hidden(aux.index_select(0, plan.context))
         embedding = self.embed(tokens_at(input_ids, plan.context, 1))
         tables = self.rope.tables(positions[plan.context])
         keys: list[_LayerKeys] = []
@@ -230,15 +220,25 @@ class Eagle3Draft(nn.Module):
         """Target ids [...] -> [..., H], the target's embedding, in the draft's dtype."""
         return F.embedding(token_ids, self.embed_tokens).to(self.fc.weight.dtype)
 
-    def fuse(self, aux: Tensor) -> Tensor:
+    def first_hidden(self, features: Tensor) -> Tensor:
         """Features [..., F] -> the first hidden state [..., H]."""
-        aux = aux.to(self.fc.weight.dtype)
+        aux = features.to(self.fc.weight.dtype)
         out: Tensor = self.fc(aux if self.fc_norm is None else self.fc_norm(aux))
         return out
+
+    def stack_inputs(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `StackDraft`."""
+        return self.embed(tokens), hidden
 
     def carry(self, hidden: Tensor) -> Tensor:
         """A step's output [..., H] as the next step's input."""
         return self.norm(hidden) if self.config.norm_output else hidden
+
+    def read_out(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ChainDraft`."""
+        return self.logits(out), self.carry(out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Un-normed hidden states [..., H] -> [..., Vd]."""

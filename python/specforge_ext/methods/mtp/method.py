@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from specforge_ext.methods._common import as_draft, check_whole_vocab
+from specforge_ext.methods._drafter import ChainDrafter
 from specforge_ext.methods.mtp import export
 from specforge_ext.methods.mtp.config import MtpConfig
-from specforge_ext.methods.mtp.drafter import MtpDrafter
 from specforge_ext.methods.mtp.forms import (
     FORMS,
     Form,
@@ -61,11 +62,7 @@ class MtpMethod:
         of experts, ...), is not there, or is not the one asked for.
         """
         spec, config = weights.spec, self.config
-        if not vocab.is_full or vocab.size != spec.vocab_size:
-            raise ValueError(
-                f"mtp: wanted the target's whole vocabulary, {spec.vocab_size}, which the shared "
-                f"head speaks, got {vocab.size} of {vocab.t2d.numel()}"
-            )
+        check_whole_vocab(vocab, spec, method=self.name)
         if (form := self._found_form(weights)) is None:
             form = FORMS[config.form] if config.form != "auto" else default_form(spec.model_type)
             kind = self._fresh_kind(weights)
@@ -100,7 +97,7 @@ class MtpMethod:
 
     def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
         """The feed-forward block: most of what a step keeps, [rows, intermediate] three times."""
-        return (_as_mtp(draft).layer.mlp,)
+        return (self._mine(draft).layer.mlp,)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         """Metrics [L]: loss and correct, sums over `rows`, the rows scored at each step; accepted
@@ -125,14 +122,14 @@ class MtpMethod:
             ratios=ratios,
         )
 
-    def drafter(self, draft: nn.Module) -> MtpDrafter:
-        return MtpDrafter(_as_mtp(draft))
+    def drafter(self, draft: nn.Module) -> ChainDrafter:
+        return ChainDrafter(self._mine(draft), name=self.name, feature="last")
 
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:
         """The layer's tensors under the target's names, see `export.to_checkpoint`."""
-        return export.to_checkpoint(_as_mtp(draft), target, dtype=dtype)
+        return export.to_checkpoint(self._mine(draft), target, dtype=dtype)
 
     def engine_configs(
         self, config: Mapping[str, object], target: TargetSpec
@@ -188,8 +185,5 @@ class MtpMethod:
             rope_scaling=target.rope_scaling,
         )
 
-
-def _as_mtp(draft: nn.Module) -> MtpDraft:
-    if not isinstance(draft, MtpDraft):
-        raise TypeError(f"mtp: wanted an MtpDraft, got {type(draft).__name__}")
-    return draft
+    def _mine(self, draft: nn.Module) -> MtpDraft:
+        return as_draft(draft, MtpDraft, method=self.name)

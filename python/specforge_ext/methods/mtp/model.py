@@ -128,6 +128,27 @@ class MtpDraft(nn.Module):
             states.append(self.output_norm(out))
         return states
 
+    @property
+    def stack(self) -> tuple[MtpLayer]:
+        """The only layer."""
+        return (self.layer,)
+
+    def first_hidden(self, features: Tensor) -> Tensor:
+        """The target's hidden states [..., H] are read as they are."""
+        return features
+
+    def stack_inputs(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `StackDraft`. The layer reads one stream."""
+        stream = self.stream(tokens, hidden, positions)
+        return stream, stream
+
+    def read_out(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ChainDraft`."""
+        normed = self.output_norm(out)
+        return self.logits(normed), normed
+
     def stream(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         """Token ids [n], hidden states [n, H], positions [n] -> the layer's input [n, H]."""
         weight = self.fuse.weight
