@@ -10,6 +10,7 @@ from torch import nn
 
 from specforge_ext.methods._common import as_draft, check_whole_vocab
 from specforge_ext.methods._drafter import ChainDrafter
+from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.mtp import export
 from specforge_ext.methods.mtp.config import MtpConfig
 from specforge_ext.methods.mtp.forms import (
@@ -24,6 +25,7 @@ from specforge_ext.methods.mtp.forms import (
 )
 from specforge_ext.methods.mtp.init import init_random, load, read_layer
 from specforge_ext.methods.mtp.model import MtpDraft, MtpShape, MtpSums
+from specforge_ext.methods.mtp.work import mtp_work
 from specforge_ext.records import (
     DraftCheckpoint,
     DraftVocab,
@@ -147,6 +149,18 @@ class MtpMethod:
         draft = MtpDraft(self.config, self._shape(weights.spec, form, kind), weights)
         load(draft, checkpoint.tensors, where="the export")
         return draft.to(weights.embed_tokens.device)
+
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """All tokens at each step; how long the samples are does not matter."""
+        return mtp_work(
+            target,
+            num_steps=self.config.num_steps,
+            tokens=tokens,
+            itemsize=itemsize,
+            recompute=recompute,
+        )
 
     def _found_form(self, weights: TargetWeights) -> Form | None:
         """The form to read from the checkpoint; None for a fresh layer."""
