@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from specforge_ext.nn.layer import LayerShape
 from specforge_ext.records import DraftVocab, TargetSpec
@@ -26,6 +29,13 @@ def check_whole_vocab(vocab: DraftVocab, target: TargetSpec, *, method: str) -> 
             f"{method}: wanted the target's whole vocabulary of {target.vocab_size} (its head is "
             f"used), got {vocab.size} of {vocab.t2d.numel()}"
         )
+
+
+def sample_keys(sample_ids: Sequence[str]) -> Tensor:
+    """[N] int64: 64 bits of each sample's id, the same on every machine, for what is drawn."""
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in sample_ids)
+    keys = [int.from_bytes(digest, "little", signed=True) for digest in digests]
+    return torch.tensor(keys, dtype=torch.int64)
 
 
 class LayerSizes(Protocol):

@@ -6,6 +6,7 @@ table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -97,7 +98,7 @@ def count(config: Mapping[str, object], key: str, *, section: str = "") -> int:
 
 def number(config: Mapping[str, object], key: str) -> float:
     value = config.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"config.json {key}: wanted a positive number, got {value!r}")
     return float(value)
 

@@ -14,10 +14,11 @@ from specforge_ext.methods._fused.init import init_from_target, init_random
 from specforge_ext.methods._fused.shape import DraftShape, aux_layer_ids, fused_layout
 from specforge_ext.methods._fused.vocab import most_scored
 from specforge_ext.methods._fused.work import fused_work
+from specforge_ext.methods._teacher import ScoredSums
 from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.eagle3 import export
 from specforge_ext.methods.eagle3.config import Eagle3Config
-from specforge_ext.methods.eagle3.model import Eagle3Draft, TttSums
+from specforge_ext.methods.eagle3.model import Eagle3Draft
 from specforge_ext.methods.eagle3.objective import padded_positions
 from specforge_ext.records import (
     DraftCheckpoint,
@@ -71,10 +72,8 @@ class Eagle3Method:
         return tuple(layer.mlp for layer in self._mine(draft).stack)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
-        """Metrics [L]: loss, accepted (sums over `rows`), correct (over `scored`: loss mask 1),
-        rows, scored. Nothing is drawn, so `at` does not matter.
-        """
-        sums: TttSums = draft(
+        """Metrics [ttt_length]: see `ScoredSums`. Nothing is drawn, so `at` does not matter."""
+        sums: ScoredSums = draft(
             batch.input_ids,
             batch.loss_mask,
             batch.positions,
@@ -82,18 +81,7 @@ class Eagle3Method:
             batch.features["last"],
             batch.lengths,
         )
-        return StepLoss(
-            loss_sum=sums.loss,
-            weight_sum=self._weight(sums, batch),
-            metrics={
-                "loss": sums.step_loss.detach().double(),
-                "accepted": sums.accepted.detach().double(),
-                "correct": sums.correct.detach().double(),
-                "rows": sums.rows.detach().double(),
-                "scored": sums.labelled,
-            },
-            ratios={"loss": "rows", "accepted": "rows", "correct": "scored"},
-        )
+        return sums.as_step(self._weight(sums, batch))
 
     def drafter(self, draft: nn.Module) -> ChainDrafter:
         draft = self._mine(draft)
@@ -142,11 +130,11 @@ class Eagle3Method:
         shape = DraftShape.of(self.config, target, vocab)
         return shape if self.config.rope_scaling == "target" else replace(shape, rope_scaling=None)
 
-    def _weight(self, sums: TttSums, batch: PackedBatch) -> Tensor:
+    def _weight(self, sums: ScoredSums, batch: PackedBatch) -> Tensor:
         if self.config.denominator == "scored":
-            return sums.rows[0].detach().float()
+            return sums.loss.step_rows[0].float()
         padded = padded_positions(batch.lengths)
-        return torch.tensor(float(padded), device=sums.loss.device)
+        return torch.tensor(float(padded), device=sums.labelled.device)
 
     def _mine(self, draft: nn.Module) -> Eagle3Draft:
         return as_draft(draft, Eagle3Draft, method=self.name)

@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specforge_ext.methods._fused.shape import DraftShape
-from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
-from specforge_ext.methods._ttt_plan import TttPlan, build_plan, labelled_per_step
+from specforge_ext.methods._teacher import (
+    ScoredSums,
+    Teacher,
+    draft_first,
+    teacher_of,
+    tokens_at,
+)
+from specforge_ext.methods._ttt_plan import TttPlan, build_plan, labelled_per_step, select
 from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
 from specforge_ext.nn.attention import OwnKeys, split_attention
@@ -30,21 +36,6 @@ from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
 from specforge_ext.ops import DraftLoss
 from specforge_ext.records import DraftVocab, TargetWeights
-
-
-class TttSums(NamedTuple):
-    """Sums over rows: loss [] float32, weighted as in `objective`, nats; the others [L].
-
-    step_loss and accepted (float), correct (count) are over `rows` (count), the rows scored at each
-    step; `labelled` counts the rows whose loss mask is 1, wherever the teacher's argmax lies.
-    """
-
-    loss: Tensor
-    step_loss: Tensor
-    correct: Tensor
-    accepted: Tensor
-    rows: Tensor
-    labelled: Tensor
 
 
 class FeatureNorm(nn.ModuleList):
@@ -110,7 +101,7 @@ class Eagle3Draft(nn.Module):
         aux: Tensor,
         last: Tensor,
         lengths: Sequence[int],
-    ) -> TttSums:
+    ) -> ScoredSums:
         """input_ids, positions [T] int64, loss_mask [T] uint8, aux [T, F], last [T, Ht] (final norm
         applied).
         """
@@ -125,14 +116,7 @@ class Eagle3Draft(nn.Module):
         hidden = self.backbone(plan, input_ids, positions, aux)
         loss = self.score(plan, torch.cat(hidden), teacher, last, lengths)
         labelled = labelled_per_step(teacher.labelled, lengths, self.config.ttt_length)
-        return TttSums(
-            loss=loss.loss_sum,
-            step_loss=loss.step_loss,
-            correct=loss.step_correct,
-            accepted=loss.step_accepted,
-            rows=loss.step_rows,
-            labelled=labelled.to(aux.device),
-        )
+        return ScoredSums(loss, labelled.to(aux.device))
 
     def teacher(self, loss_mask: Tensor, last: Tensor, lengths: Sequence[int]) -> Teacher:
         """Reads `last` only where the loss mask of the position before is 1."""
@@ -162,7 +146,7 @@ class Eagle3Draft(nn.Module):
         hidden, keys = self._first_step(plan, input_ids, positions, aux)
         states = [hidden]
         for i, step in enumerate(plan.steps[1:], 1):
-            hidden = _select(self.carry(hidden), step.parent)
+            hidden = select(self.carry(hidden), step.parent)
             embedding = self.embed(tokens_at(input_ids, step.rows, 1 + i))
             tables = self.rope.tables(positions[step.rows] + i)
             for layer, (context, own) in zip(self.stack, keys, strict=True):
@@ -190,7 +174,7 @@ class Eagle3Draft(nn.Module):
             queries = plan.whole
             if layer is self.stack[-1]:
                 hidden, x, queries = (
-                    _select(hidden, step.parent), _select(x, step.parent), step.queries
+                    select(hidden, step.parent), select(x, step.parent), step.queries
                 )  # fmt: skip
                 tables = self.rope.tables(positions[step.rows])
             query = layer.self_attn.query(x, tables)
@@ -244,7 +228,3 @@ class Eagle3Draft(nn.Module):
         """Un-normed hidden states [..., H] -> [..., Vd]."""
         normed = self.norm(hidden)
         return F.linear(normed.to(self.lm_head.weight.dtype), self.lm_head.weight)
-
-
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)

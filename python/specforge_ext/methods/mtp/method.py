@@ -24,8 +24,9 @@ from specforge_ext.methods.mtp.forms import (
     shape_of,
 )
 from specforge_ext.methods.mtp.init import init_random, load, read_layer
-from specforge_ext.methods.mtp.model import MtpDraft, MtpShape, MtpSums
+from specforge_ext.methods.mtp.model import MtpDraft, MtpShape
 from specforge_ext.methods.mtp.work import mtp_work
+from specforge_ext.ops import DraftLoss
 from specforge_ext.records import (
     DraftCheckpoint,
     DraftVocab,
@@ -105,22 +106,21 @@ class MtpMethod:
         """Metrics [L]: loss and correct, sums over `rows`, the rows scored at each step; accepted
         likewise, but not with labels. Nothing is drawn, so `at` does not matter.
         """
-        sums: MtpSums = draft(
+        sums: DraftLoss = draft(
             batch.input_ids,
             batch.loss_mask,
             batch.positions,
             batch.features["last"],
             batch.lengths,
         )
-        stats, device = sums.stats, sums.loss.device
-        metrics = {"loss": stats.step_loss, "correct": stats.step_correct, "rows": stats.step_rows}
+        metrics = {"loss": sums.step_loss, "correct": sums.step_correct, "rows": sums.step_rows}
         ratios = {"loss": "rows", "correct": "rows"}
         if self.config.loss != "labels":
-            metrics["accepted"], ratios["accepted"] = stats.step_accepted, "rows"
+            metrics["accepted"], ratios["accepted"] = sums.step_accepted, "rows"
         return StepLoss(
-            loss_sum=sums.loss,
-            weight_sum=stats.step_rows[0].float().to(device),
-            metrics={name: x.double() for name, x in metrics.items()},
+            loss_sum=sums.loss_sum,
+            weight_sum=sums.step_rows[0].float(),
+            metrics=metrics,
             ratios=ratios,
         )
 

@@ -13,11 +13,12 @@ from specforge_ext.methods._fused.init import init_from_target, init_random
 from specforge_ext.methods._fused.shape import DraftShape, aux_layer_ids, fused_layout
 from specforge_ext.methods._fused.vocab import most_scored
 from specforge_ext.methods._fused.work import fused_work
+from specforge_ext.methods._teacher import ScoredSums
 from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.peagle import export
 from specforge_ext.methods.peagle.config import PEagleConfig
 from specforge_ext.methods.peagle.drafter import PEagleDrafter
-from specforge_ext.methods.peagle.model import ChainSums, PEagleDraft
+from specforge_ext.methods.peagle.model import PEagleDraft
 from specforge_ext.methods.peagle.plan import draw_chains
 from specforge_ext.records import (
     DraftCheckpoint,
@@ -75,16 +76,14 @@ class PEagleMethod:
         return tuple(layer.mlp for layer in self._mine(draft).stack)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
-        """Metrics [num_depths]: loss, accepted, correct (sums over `rows`, the scored rows), rows,
-        scored (the drawn rows whose loss mask is 1).
-        """
+        """Metrics [num_depths]: see `ScoredSums`, over the rows that are drawn."""
         return self.step_with(draft, batch, draw_chains(batch, at, self.config))
 
     def step_with(self, draft: nn.Module, batch: PackedBatch, chains: Sequence[Tensor]) -> StepLoss:
         """As `step`, with chains of the caller's choice: anchors of depths 1..K-1, packed
         positions, ascending, int32, CPU; those of a depth are among those of the one before.
         """
-        sums: ChainSums = draft(
+        sums: ScoredSums = draft(
             batch.input_ids,
             batch.loss_mask,
             batch.positions,
@@ -93,19 +92,7 @@ class PEagleMethod:
             batch.lengths,
             chains,
         )
-        loss = sums.loss
-        return StepLoss(
-            loss_sum=loss.loss_sum,
-            weight_sum=loss.step_rows.sum().float(),
-            metrics={
-                "loss": loss.step_loss.double(),
-                "accepted": loss.step_accepted.double(),
-                "correct": loss.step_correct.double(),
-                "rows": loss.step_rows.double(),
-                "scored": sums.labelled,
-            },
-            ratios={"loss": "rows", "accepted": "rows", "correct": "scored"},
-        )
+        return sums.as_step(sums.loss.step_rows.sum().float())
 
     def drafter(self, draft: nn.Module) -> PEagleDrafter:
         return PEagleDrafter(self._mine(draft))

@@ -12,14 +12,20 @@ hidden size, F features' width, V target vocabulary, Vd draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specforge_ext.methods._fused.shape import DraftShape
-from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
+from specforge_ext.methods._teacher import (
+    ScoredSums,
+    Teacher,
+    draft_first,
+    teacher_of,
+    tokens_at,
+)
 from specforge_ext.methods.peagle.config import PEagleConfig, mask_token_id
 from specforge_ext.methods.peagle.plan import ChainPlan, DepthQueries, plan_chains
 from specforge_ext.nn.attention import OwnKeys, split_attention
@@ -28,13 +34,6 @@ from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
 from specforge_ext.ops import DraftLoss, RowLoss, draft_loss
 from specforge_ext.records import DraftVocab, TargetWeights
-
-
-class ChainSums(NamedTuple):
-    """loss: sums over rows. labelled: [K] float64, the drawn rows whose loss mask is 1."""
-
-    loss: DraftLoss
-    labelled: Tensor
 
 
 class PEagleDraft(nn.Module):
@@ -86,7 +85,7 @@ class PEagleDraft(nn.Module):
         last: Tensor,
         lengths: Sequence[int],
         chains: Sequence[Tensor],
-    ) -> ChainSums:
+    ) -> ScoredSums:
         """input_ids, positions [T] int64, loss_mask [T] uint8, aux [T, F], last [T, Ht] (final norm
         applied); chains: `plan.draw_chains`.
         """
@@ -107,7 +106,7 @@ class PEagleDraft(nn.Module):
             device=aux.device,
         )
         hidden = self.backbone(plan, input_ids, positions, aux)
-        return ChainSums(self.score(plan, hidden, teacher, last), plan.labelled.to(aux.device))
+        return ScoredSums(self.score(plan, hidden, teacher, last), plan.labelled.to(aux.device))
 
     def backbone(
         self, plan: ChainPlan, input_ids: Tensor, positions: Tensor, aux: Tensor
