@@ -141,10 +141,12 @@ def checkpoint_shapes(form: Form, kind: LayerKind, target_layers: int, shape: La
 
 
 def prefix_of(form: Form, target_layers: int) -> str:
+    """Of all tensors of the layer in a checkpoint of a target with so many layers."""
     return form.prefix.format(L=target_layers, next=target_layers + 1)
 
 
 def next_prefix_of(form: Form, target_layers: int) -> str:
+    """Of those that a second such layer would have."""
     return form.next_prefix.format(L=target_layers, next=target_layers + 1)
 
 
@@ -172,6 +174,7 @@ def _speaks_of_mtp(name: str, target_layers: int) -> bool:
 
 
 def default_form(model_type: str) -> Form:
+    """That which servers read for this architecture; "deepseek" where none is known."""
     return FORMS[_ARCHITECTURES.get(model_type, "deepseek")]
 
 
