@@ -266,6 +266,11 @@ class HfDecoder:
     def drop(self, keep: Tensor) -> None:
         self._visible.drop(keep.to(self._target.device))
 
+    def select(self, rows: Tensor) -> None:
+        rows = rows.to(self._target.device)
+        self._visible.select(rows)
+        self._model.select(rows)
+
 
 def _path(model: str) -> str:
     return str(demo_target_path()) if model == DEMO else model
