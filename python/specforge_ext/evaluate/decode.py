@@ -28,8 +28,9 @@ from specforge_ext.evaluate.verify import Verdict, sample, verify
 from specforge_ext.methods.base import Drafter
 from specforge_ext.records import FeatureLayout
 
-LEAVE = 2
-"""Sequences to one that goes on, at which the finished ones leave: forgetting copies the caches."""
+LEAVE = 1.25
+"""The finished ones leave when there are this many sequences to one that goes on. Not at once: to
+forget them copies the caches of the others."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def evaluate(
     prompts: [S] int32 or int64 each, not empty. layout: the features that the drafter observes.
     max_new_tokens: budget of a sequence, prefill's token included. temperature 0 is greedy.
     device: where the drafter is (default: CPU); what the target says is brought there.
-    batch_size: sequences decoded together; once half of them have ended, those leave.
+    batch_size: sequences decoded together; once a fifth of them have ended, those leave.
     Raises ValueError for arguments out of range and for proposals that cannot be verified.
     """
     if depth < 1:
@@ -153,7 +154,7 @@ class _Counts:
 
 class _Wave:
     """B sequences that start together and advance unevenly. A finished one stays, switched off,
-    until as many have finished as have not; then they leave.
+    until a fifth have finished; then they leave.
     """
 
     def __init__(
