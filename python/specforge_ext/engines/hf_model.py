@@ -147,6 +147,11 @@ def spec_of(config: Any, *, name: str, dtype: torch.dtype, eos: tuple[int, ...])
     )
 
 
+def is_tied(config: Any) -> bool:
+    """Whether the head is the embedding; not every architecture's config speaks of it."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def _need(config: Any, key: str, name: str) -> Any:
     value = getattr(config, key, None)
     if value is None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from specforge_ext.assets import target_config
-from specforge_ext.engines.hf_model import build_on_meta, check_path, layers_of, spec_of
+from specforge_ext.engines.hf_model import build_on_meta, check_path, is_tied, layers_of, spec_of
 from specforge_ext.records import TargetWeights
 
 
@@ -29,7 +29,7 @@ def read_shape(path: str, *, name: str, dtype: torch.dtype) -> TargetWeights:
     return TargetWeights(
         spec=spec,
         embed_tokens=embedding,
-        lm_head=embedding if config.tie_word_embeddings else torch.empty_like(embedding),
+        lm_head=embedding if is_tied(config) else torch.empty_like(embedding),
         final_norm=torch.empty(spec.hidden_size, dtype=dtype, device="meta"),
         last_layer=_last_layer(config, name=name, dtype=dtype),
     )

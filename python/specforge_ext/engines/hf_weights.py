@@ -22,6 +22,7 @@ from specforge_ext.engines.hf_model import (
     check_path,
     eos_ids,
     final_norm_of,
+    is_tied,
     layers_of,
     spec_of,
 )
@@ -64,9 +65,7 @@ def read_weights(
     base: Any = model.base_model
     layer = layers_of(base, spec.num_layers, name)[-1]
     stored = Stored(model, tensors, name=name)
-    embed_tokens, lm_head = _embeddings(
-        stored, model, tied=bool(config.tie_word_embeddings), device=device
-    )
+    embed_tokens, lm_head = _embeddings(stored, model, tied=is_tied(config), device=device)
     return TargetWeights(
         spec=spec,
         embed_tokens=embed_tokens,
