@@ -27,13 +27,16 @@ class Config(BaseModel):
     def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads `yes` as true, which would count as 1."""
         field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and not _takes_bool(field.annotation):
+        kinds = _kinds(field.annotation)
+        if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}:
             raise ValueError("wanted neither true nor false")
         return value
 
 
-def _takes_bool(annotation: Any) -> bool:
-    return annotation in (bool, Any) or any(_takes_bool(part) for part in get_args(annotation))
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    parts = get_args(annotation)
+    return {kind for part in parts for kind in _kinds(part)} if parts else {annotation}
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

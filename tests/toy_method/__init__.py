@@ -144,6 +144,9 @@ class ToyDrafter:
         self.feature[last[0]] = features["near"][last].float()
         self.token[last[0]] = new.tokens[new.last]
 
+    def select(self, rows: Tensor) -> None:
+        self.feature, self.token = self.feature[rows], self.token[rows]
+
     @torch.no_grad()
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None

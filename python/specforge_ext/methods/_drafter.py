@@ -192,6 +192,13 @@ class StackDecoding:
         rows.token[sequences] = new.tokens[new.last]
         rows.position[sequences] = new.positions[new.last]
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, [R] int64; the others are forgotten."""
+        last = self._started()
+        last.cache.select(rows)
+        last.hidden, last.token = last.hidden[rows], last.token[rows]
+        last.position = last.position[rows]
+
     def last_rows(self) -> LastRows:
         """ValueError if a sequence has no row."""
         rows = self._started()
