@@ -35,7 +35,9 @@ from specforge_ext.copies import copied, counting
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.records import Encoding, FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.runs import data as run_data
+from specforge_ext.runs import failure
 from specforge_ext.runs.drafts import feature_union
+from specforge_ext.runs.link import LAST_WORDS
 from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
 from specforge_ext.store import STORES
@@ -312,14 +314,19 @@ def main() -> None:
     parent_fd = sys.stdin.fileno()
     clean_up = partial(remove_socket, Path(start["socket"]))
     threading.Thread(target=end_with_parent, args=(parent_fd, clean_up), daemon=True).start()
+    code = 0
     try:
         with listen(start["socket"]) as listener:
             Producer(recipe, listener, parent_fd).serve()
+    except failure.EXPECTED as error:
+        log.exception("ended by an error")
+        log.error("%s%s", LAST_WORDS, failure.sentence(error))
+        code = 1
     finally:
         clean_up()
     # Engines may leave threads of their own; the work is done.
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

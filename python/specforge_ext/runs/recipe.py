@@ -129,11 +129,17 @@ def find(recipe: str) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    shipped = RECIPES / f"{recipe.removesuffix('.yaml')}.yaml"
-    if shipped.is_file():
-        return shipped
-    known = [p.stem for p in RECIPES.glob("*.yaml")]
-    raise ValueError(f"{recipe}: no such file, and {unknown_name('recipe', recipe, known)}")
+    name = recipe.removesuffix(".yaml")
+    if name in shipped():
+        return RECIPES / f"{name}.yaml"
+    if path.is_dir():
+        raise ValueError(f"{recipe}: wanted a recipe's YAML file, got a directory")
+    raise ValueError(f"{recipe}: no such file, and {unknown_name('recipe', name, shipped())}")
+
+
+def shipped() -> list[str]:
+    """Names of the package's recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def build(data: dict[str, Any]) -> Recipe:

@@ -12,7 +12,7 @@ from specforge_ext.config import Config
 class CheckpointConfig(Config):
     """When checkpoints are written and which of them stay.
 
-    every_steps: steps between checkpoints; the last step and SIGTERM are saved as well.
+    every_steps: steps between checkpoints; the last step, SIGTERM and Ctrl-C are saved as well.
     keep_last: number of newest checkpoints that stay.
     keep_best: the checkpoint with the highest `headline_metric` stays too.
     resume: "auto" goes on from the newest complete checkpoint of the output directory if there is
@@ -33,8 +33,7 @@ class TrainerConfig(Config):
     warmup_ratio: share of all steps in which the rate rises linearly from 0.
     schedule: course of the rate after the warm-up; "cosine" and "linear" end at 0.
     precision: "bfloat16" gathers parameters and multiplies matrices in bfloat16; gradients are
-    summed
-        over micro-batches and ranks in float32, parameters and moments are float32.
+        summed over micro-batches and ranks in float32, parameters and moments are float32.
     activation_checkpointing: recompute each shard unit of the method in backward.
     compile: torch.compile each shard unit (the whole draft where a method names none).
     seed: of dropout and the like; rank r draws from its own stream. The draft's own initialisation
