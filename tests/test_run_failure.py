@@ -155,6 +155,8 @@ def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
+        # Ignored, and inherited so, where tests run with `&`.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = out / "producer.log"
     deadline = time.monotonic() + DEADLINE_S

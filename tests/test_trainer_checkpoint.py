@@ -93,6 +93,7 @@ def test_signal_saves_and_resume_goes_on(
     world: World, tmp_path: Path, calm: tuple[Trainer, Path], fault: str
 ) -> None:
     """A terminal's Ctrl-C reaches a rank twice, the second time from torchrun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run with `&`
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     result = make(world, tmp_path, faults={4: fault}).fit()
     assert (result.stopped_by_signal, result.steps) == (True, 5)
@@ -105,8 +106,19 @@ def test_signal_saves_and_resume_goes_on(
     assert steps_in(tmp_path) == list(range(1, STEPS + 1))
 
 
+def test_ctrl_c_stays_ignored_in_the_background() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_later_ctrl_c_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "SAME_CTRL_C_S", 0.0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), signals.stop_on_signals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop()

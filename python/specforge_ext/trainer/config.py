@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from specforge_ext.config import Config
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class CheckpointConfig(Config):
@@ -48,7 +50,7 @@ class TrainerConfig(Config):
 
     max_steps: int | None = Field(default=None, ge=1)
     lr: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=0.5, gt=0)
@@ -57,7 +59,7 @@ class TrainerConfig(Config):
     precision: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     num_threads: int | None = Field(default=None, ge=1)
     collective_timeout_s: float = Field(default=600.0, gt=0)
     checkpoint: CheckpointConfig = CheckpointConfig()

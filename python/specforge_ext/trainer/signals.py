@@ -59,10 +59,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def handle(_signal: int, _frame: FrameType | None) -> None:
         request.ask()
 
-    before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, handle),
-        signal.SIGINT: signal.signal(signal.SIGINT, _CtrlC(request)),
-    }
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, handle)}
+    # Ignored where a shell started the run in the background: the Ctrl-C is for another command.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _CtrlC(request))
     try:
         yield request
     finally:
