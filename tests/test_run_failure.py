@@ -17,8 +17,10 @@ from run_job import TINY
 from specforge_ext.runs import failure, local
 from specforge_ext.runs.link import ProducerProcess, ProducerRefused
 from specforge_ext.runs.local import main
+from specforge_ext.runs.producer import _open_store
 from specforge_ext.runs.recipe import load
-from specforge_ext.store.base import ProducerLost
+from specforge_ext.store import STORES
+from specforge_ext.store.base import ProducerLost, StoreError
 
 DEADLINE_S = 120.0
 
@@ -143,6 +145,12 @@ def test_last_words_of_a_producer(tmp_path: Path) -> None:
     finally:
         producer.close()
     assert "Traceback" in log.read_text()
+
+
+def test_store_that_does_not_fit_the_machine() -> None:
+    config = STORES.get("shm").Config(capacity_bytes=1 << 46)
+    with pytest.raises(StoreError, match=r"store\.kind shm: arena: allocate .* are available"):
+        _open_store("shm", config)
 
 
 def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def _files(target: Path) -> dict[str, str]:
 
 
 def _check(tensors: Mapping[str, Tensor], target: Path, files: Mapping[str, str]) -> None:
+    if tensors and not tensors.keys() & files.keys():
+        raise ValueError(
+            f"merge into {target}: wanted an mtp export, whose tensors the target has too, got "
+            f"{len(tensors)} that it has not: {', '.join(sorted(tensors)[:3])}, ..."
+        )
     problems = [f"{name}: the target has none" for name in sorted(tensors.keys() - files.keys())]
     for name in sorted(tensors.keys() & files.keys()):
         with safe_open(target / files[name], framework="pt", device="cpu") as file:

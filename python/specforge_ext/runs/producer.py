@@ -41,7 +41,7 @@ from specforge_ext.runs.link import LAST_WORDS
 from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
 from specforge_ext.store import STORES
-from specforge_ext.store.base import ProducerLost, StoreError, StoreWriter
+from specforge_ext.store.base import ProducerLost, StoreConfig, StoreError, StoreWriter
 from specforge_ext.store.ref import ref_to_json
 from specforge_ext.store.reserving import Reservations, reserving
 
@@ -81,7 +81,7 @@ class Producer:
         self._engine: Engine = ENGINES.get(kind).open(config)
         self._layout: FeatureLayout = feature_union(recipe, self._engine.spec).layout
         store_kind, store_config = recipe.store
-        self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
+        self._writer = _open_store(store_kind, store_config)
         self._encoding: Encoding = store_config.encoding
         self._reserving = reserving(self._writer)
         log.info(
@@ -257,6 +257,17 @@ class Producer:
             timeout_s=self._recipe.stream.timeout_s,
             layers=self._layout.layers,
         )
+
+
+def _open_store(kind: str, config: StoreConfig) -> StoreWriter:
+    """StoreError also for what the machine refuses, such as memory."""
+    try:
+        writer: StoreWriter = STORES.get(kind).writer(config)
+    except StoreError:
+        raise
+    except RuntimeError as error:
+        raise StoreError(f"store.kind {kind}: {error}") from error
+    return writer
 
 
 def on_host(feature: Tensor) -> Tensor:
