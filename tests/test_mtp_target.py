@@ -245,3 +245,16 @@ def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
     weights = replace(weights, checkpoint=type(weights.checkpoint)(str(tmp_path / "target")))  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="wanted a weight_map"):
         build(weights)
+
+
+def test_a_target_that_was_cut_is_refused(tmp_path: Path) -> None:
+    """By who reads its tensors, and by who opens the model."""
+    cases.write_target(tmp_path / "target")
+    weights = open_engine(tmp_path / "target").weights(device=CPU)
+    file = tmp_path / "target" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    weights = replace(weights, checkpoint=type(weights.checkpoint)(str(tmp_path / "target")))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"model\.safetensors: wanted a whole safetensors file"):
+        build(weights)
+    with pytest.raises(ValueError, match="model: wanted a directory or a hub name of a causal LM"):
+        open_engine(tmp_path / "target")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from specforge_ext.assets import demo_target_path
 from specforge_ext.config import parse
 from specforge_ext.prompts import PROMPTS, Skipped, build_training_prompts
 from specforge_ext.prompts.base import build_set
@@ -588,6 +590,9 @@ def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: wanted a directory with a tokenizer, got '/no"):
         open_tokenizer("/no/such/place")
     with pytest.raises(ValueError, match=r"model: found no tokenizer in"):
+        open_tokenizer(str(tmp_path))
+    shutil.copy(demo_target_path() / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"found no tokenizer in .*: its vocabulary is empty"):
         open_tokenizer(str(tmp_path))
 
 

@@ -94,7 +94,7 @@ def test_traceback_is_kept_and_torchrun_is_told(
         monkeypatch.setenv(key, str(value))
     line = refused([f"output_dir={tmp_path}"], capsys)
     kept = tmp_path / "traceback-3.txt"
-    text = f"rank 3: ProducerRefused: no room (traceback: {kept})"
+    text = f"rank 3: no room (traceback: {kept})"
     assert line == f"specforge_ext: {text}"
     assert kept.read_text().startswith("Traceback") and "in run" in kept.read_text()
     found = ProcessFailure(local_rank=3, pid=1, exitcode=1, error_file=str(told))

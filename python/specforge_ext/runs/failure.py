@@ -44,7 +44,8 @@ def sentence(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+    enough = isinstance(error, (ValueError, ProducerRefused)) and text
+    return text if enough else f"{type(error).__name__}: {text}"
 
 
 def _keep(error: BaseException, path: Path) -> Path | None:
