@@ -127,6 +127,20 @@ def test_bits_are_those_of_the_opened_model(
     assert not read(path).last_layer
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_are_what_they_multiply_by(kind: str, tmp_path: Path) -> None:
+    """A warm start hands them to a draft whose norms multiply by their weight itself."""
+    weights = read(write(kind, tmp_path), last_layer=True)
+    base = HfEngine.open(config_of(tmp_path))._target
+    ones = torch.ones(SHAPE["hidden_size"])
+    of_layer = base.layers[-1].input_layernorm
+    for norm, factor in (
+        (base.norm, weights.final_norm),
+        (of_layer, weights.last_layer["input_layernorm.weight"]),
+    ):
+        torch.testing.assert_close(norm(ones[None])[0].detach(), factor, rtol=1e-5, atol=0)
+
+
 def test_the_demo_target_and_further_end_tokens(tmp_path: Path) -> None:
     demo = HfConfig(model="demo", device="cpu")
     ours = HfEngine.read_weights(demo, device=CPU, last_layer=True)

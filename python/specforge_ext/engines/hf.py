@@ -133,14 +133,15 @@ class HfEngine:
 
     def weights(self, *, device: torch.device, last_layer: bool = False) -> TargetWeights:
         """In the model's dtype; on the model's own device they share its memory: read only."""
+        from specforge_ext.engines.hf_model import factor_of, layer_tensors
+
         target = self._target
-        state = target.layers[-1].state_dict() if last_layer else {}
         return TargetWeights(
             spec=self.spec,
             embed_tokens=target.embed_tokens.weight.detach().to(device),
             lm_head=target.lm_head.weight.detach().to(device),
-            final_norm=target.norm.weight.detach().to(device),
-            last_layer={name: tensor.to(device) for name, tensor in state.items()},
+            final_norm=factor_of(target.norm, target.norm.weight.detach()).to(device),
+            last_layer=layer_tensors(target.layers[-1], device) if last_layer else {},
             checkpoint=CheckpointTensors(_path(self._config.model)),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,6 +219,32 @@ def final_norm_of(base: nn.Module, name: str) -> nn.Module:
             f"got {type(norm).__name__} with parameters {sorted(parameters)}"
         )
     return norm
+
+
+@torch.no_grad()
+def factor_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """What an RMSNorm with this weight multiplies by, in the weight's dtype.
+
+    The weight itself, or 1 + weight where the architecture stores it so (Gemma, Qwen 3.5), which is
+    seen by what the norm makes of ones under weights of zero. weight: [H]. Other modules' tensors
+    come back as they are.
+    """
+    if not type(module).__name__.endswith("RMSNorm"):
+        return weight
+    tried = copy.deepcopy(module).to_empty(device="cpu").float()
+    assert isinstance(tried.weight, Tensor)
+    tried.weight.zero_()
+    if tried(torch.ones_like(tried.weight)[None]).any():
+        return (1 + weight.float()).to(weight.dtype)
+    return weight
+
+
+def layer_tensors(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """A layer's state dict on the device, its norms as factors."""
+    return {
+        name: factor_of(layer.get_submodule(name.rpartition(".")[0]), tensor).to(device)
+        for name, tensor in layer.state_dict().items()
+    }
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from specforge_ext.engines.hf_model import (
     build_on_meta,
     check_path,
     eos_ids,
+    factor_of,
     final_norm_of,
     is_tied,
     layers_of,
@@ -63,14 +64,14 @@ def read_weights(
     _take_generation_config(model, path, local=local)
     spec = spec_of(config, name=name, dtype=dtype, eos=eos_ids(model))
     base: Any = model.base_model
-    layer = layers_of(base, spec.num_layers, name)[-1]
+    layer, norm = layers_of(base, spec.num_layers, name)[-1], final_norm_of(base, name)
     stored = Stored(model, tensors, name=name)
     embed_tokens, lm_head = _embeddings(stored, model, tied=is_tied(config), device=device)
     return TargetWeights(
         spec=spec,
         embed_tokens=embed_tokens,
         lm_head=lm_head,
-        final_norm=stored.read(final_norm_of(base, name), "weight").to(device),
+        final_norm=factor_of(norm, stored.read(norm, "weight")).to(device),
         last_layer=LayerTensors(stored, layer, device) if last_layer else {},
         checkpoint=tensors,
     )
@@ -147,7 +148,9 @@ class Stored:
 
 
 class LayerTensors(Mapping[str, Tensor]):
-    """A layer's state dict, each tensor read and brought to the device at each access."""
+    """A layer's state dict, norms as factors, each tensor read and brought to the device at each
+    access.
+    """
 
     def __init__(self, stored: Stored, layer: nn.Module, device: torch.device) -> None:
         self._stored = stored
@@ -160,7 +163,8 @@ class LayerTensors(Mapping[str, Tensor]):
         self._names = tuple(layer.state_dict())
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._stored.read(*self._owners[name]).to(self._device)
+        module, entry = self._owners[name]
+        return factor_of(module, self._stored.read(module, entry)).to(self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
