@@ -19,7 +19,7 @@ from torch import Tensor
 from specforge_ext import _C, ops
 from specforge_ext.loader.stream import pack
 from specforge_ext.records import FeatureLayout, FeatureSpec, Sample
-from specforge_ext.store import cuda_ipc
+from specforge_ext.store import device_memory
 from specforge_ext.store.cuda_ipc import CudaIpcConfig, CudaIpcStore
 from specforge_ext.store.direct import best, rungs
 from specforge_ext.store.direct_facts import cuda_gpus, probe
@@ -156,20 +156,20 @@ def test_what_is_published_is_whole() -> None:
 
 def test_publishing_before_the_gpu_is_done_would_be_seen(tmp_path: Path) -> None:
     """The wait in `put` is what the test above is about: without it, old bytes are read."""
-    device = cuda_ipc.use_device(None)
+    device = device_memory.use_device(None)
     folder = tmp_path / "private"
     folder.mkdir(mode=0o700)
     producer = _C.DeviceArenaProducer(device, CAPACITY, 4)
     consumer = _C.DeviceArenaConsumer(device, producer.serve(str(folder / "socket")))
     slot = producer.acquire(4096, 0)
-    whole = cuda_ipc.device_bytes(slot).zero_()
+    whole = device_memory.device_bytes(slot).zero_()
     torch.cuda.synchronize()
     torch.cuda._sleep(DELAY_CYCLES)  # type: ignore[no-untyped-call]
     whole.fill_(7)
     slot.publish()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        seen = cuda_ipc.device_bytes(consumer.lease(slot.slot, slot.generation)).cpu()
+        seen = device_memory.device_bytes(consumer.lease(slot.slot, slot.generation)).cpu()
     assert seen.unique().tolist() == [0]
     torch.cuda.synchronize()
 
@@ -213,7 +213,7 @@ def test_a_batch_of_leases_is_packed_on_the_gpu() -> None:
 
 def test_fp8_rows_are_packed_into_the_arena_and_unpacked_from_it(tmp_path: Path) -> None:
     """The producer's kernel writes its codes where readers find them."""
-    device = cuda_ipc.use_device(None)
+    device = device_memory.use_device(None)
     folder = tmp_path / "private"
     folder.mkdir(mode=0o700)
     producer = _C.DeviceArenaProducer(device, CAPACITY, 4)
@@ -226,10 +226,10 @@ def test_fp8_rows_are_packed_into_the_arena_and_unpacked_from_it(tmp_path: Path)
         scale = whole[codes:].view(torch.float32).view(-1, layers)
         return whole[:codes].view(hidden.shape), scale
 
-    written = ops.fp8_pack(hidden.cuda(), layers=layers, out=rows(cuda_ipc.device_bytes(slot)))
+    written = ops.fp8_pack(hidden.cuda(), layers=layers, out=rows(device_memory.device_bytes(slot)))
     torch.cuda.synchronize()
     slot.publish()
-    payload, scale = rows(cuda_ipc.device_bytes(consumer.lease(slot.slot, slot.generation)))
+    payload, scale = rows(device_memory.device_bytes(consumer.lease(slot.slot, slot.generation)))
     back = ops.fp8_unpack(ops.Fp8Rows(payload, scale, written.crc))
     wanted = ops.fp8_pack(hidden, layers=layers)
     assert written.crc == wanted.crc
