@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from specforge_ext.registry import unknown_name
 
@@ -20,6 +20,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+
+def _word(value: object) -> object:
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
+"""Of a field that YAML, and so an override, would make a boolean of: on and off are words."""
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 

@@ -1,24 +1,14 @@
-"""Memory of a GPU as tensors, and what is said of it in configs."""
+"""Memory of a GPU as tensors."""
 
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from specforge_ext import _C
-
-
-def _switch(value: object) -> object:
-    """YAML reads on and off as booleans."""
-    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
-
-
-DirectMode = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 DLPACK_DEVICE = 2
 """kDLCUDA: what the arena's bytes are to torch."""

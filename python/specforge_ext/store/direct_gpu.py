@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from specforge_ext.config import Switch
 from specforge_ext.store import device_memory, mooncake
 from specforge_ext.store.base import StoreError
-from specforge_ext.store.device_memory import DirectMode
 from specforge_ext.store.direct import rungs
 from specforge_ext.store.direct_facts import DRIVER, Facts, Gpu, probe
 
@@ -26,7 +26,7 @@ cuda: Any = torch.cuda
 
 
 def gpu_for(
-    mode: DirectMode, protocol: mooncake.Protocol, ordinal: int | None, *, what: str
+    mode: Switch, protocol: mooncake.Protocol, ordinal: int | None, *, what: str
 ) -> Gpu | None:
     """The GPU of that ordinal (None: torch's current one) if samples are to lie in its memory; None
     if on the host, of which `auto` says in the log why. StoreError where it has to be the GPU."""

@@ -22,9 +22,9 @@ from typing import Any, Generic, Literal, TypeVar, overload
 from pydantic import Field
 
 from specforge_ext import _C
+from specforge_ext.config import Switch
 from specforge_ext.store import device_memory, payload
 from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, TransferTimeout
-from specforge_ext.store.device_memory import DirectMode
 
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
@@ -59,7 +59,7 @@ class MooncakeConfig(StoreConfig):
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     pool_bytes: int | None = Field(default=None, gt=0, le=1 << 46)
     read_timeout_s: float = Field(default=60.0, gt=0)
-    direct: DirectMode = "off"
+    direct: Switch = "off"
     gpu: int | None = Field(default=None, ge=0)
 
     @property

@@ -7,11 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
-from specforge_ext.config import Config
+from specforge_ext.config import Config, Switch
 from specforge_ext.records import SampleRef
 from specforge_ext.store import mooncake
 from specforge_ext.store.base import ProducerLost, StoreError
-from specforge_ext.store.device_memory import DirectMode
 
 NO_SPACE = -200
 TOO_SMALL = -600
@@ -38,7 +37,7 @@ class Address(Config):
     devices: str
     pool_bytes: int = Field(gt=0, le=1 << 46)
     read_timeout_s: float = Field(gt=0)
-    direct: DirectMode = "off"
+    direct: Switch = "off"
     alive_bytes: str = Field(default="", pattern=r"^([0-9a-f]{2})*$", max_length=128)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from specforge_ext.config import Config
+from specforge_ext.config import Config, Switch
 from specforge_ext.store import mooncake
-from specforge_ext.store.device_memory import DirectMode
 
 PAGE_BYTES = 4096
 SLOT_BYTES = 64
@@ -33,6 +32,6 @@ class Address(Config):
     payload_bytes: int = Field(gt=0, le=1 << 46)
     pool_bytes: int = Field(gt=0, le=1 << 46)
     read_timeout_s: float = Field(gt=0)
-    direct: DirectMode = "off"
+    direct: Switch = "off"
     probe: int = Field(default=0, ge=0, lt=1 << 63)
     probe_bytes: str = Field(default="", pattern=r"^([0-9a-f]{2})*$", max_length=128)
