@@ -22,6 +22,7 @@ __all__: list[str] = [
     "advise_huge_pages",
     "available_isas",
     "block_mask",
+    "bytes_crc",
     "cod_chains",
     "copy_crc32c",
     "copy_crc32c_by",
@@ -282,6 +283,16 @@ def block_mask(
     q: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def bytes_crc(
+    data: torch.Tensor,
+    part_crc: torch.Tensor,
+    crc: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None:
+    """
+    part_crc: one for each 64 KiB that were begun.
+    """
+
 def cod_chains(
     loss_mask: torch.Tensor,
     cu_seqlens: torch.Tensor,
