@@ -108,8 +108,9 @@ class CudaIpcReader:
 
     def __init__(self, address: str) -> None:
         _expect_available()
+        self._device = device_memory.use_device(None)
         self._open_arena: _C.DeviceArenaConsumer | None = _C.DeviceArenaConsumer(
-            device_memory.use_device(None), address
+            self._device, address
         )
         self._store = f"cuda_ipc:{self._arena.epoch:016x}"
 
@@ -127,15 +128,17 @@ class CudaIpcReader:
         """Lease a sample: features are views of the GPU's memory, which must not be written to;
         the prompt is a copy on the CPU.
 
-        verify: compare the checksums, on the host. ValueError for an impossible ref;
+        verify: compare the checksums, which the GPU computes. ValueError for an impossible ref;
         LayoutMismatch, StaleRef, CorruptFeature.
         """
         payload.expect_ref(ref, store=self._store)
         payload.expect_layout(ref, layout_hash)
-        extent = payload.TensorExtent(
-            device_memory.device_bytes(self._arena.lease(ref.slot, ref.generation))
-        )
-        return payload.lease(extent, ref, verify=verify)
+        with device_memory.own_stream(self._device):
+            return payload.lease(self._extent(ref), ref, verify=verify)
+
+    def _extent(self, ref: SampleRef) -> payload.TensorExtent:
+        lease = self._arena.lease(ref.slot, ref.generation)
+        return payload.TensorExtent(device_memory.device_bytes(lease))
 
     def ack(self, ref: SampleRef) -> None:
         """The sample is done with: its memory is reused once no lease is left.

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from specforge_ext import _C
+from specforge_ext.copies import copied
 from specforge_ext.records import Sample, SampleRef, TensorRef
 from specforge_ext.store import device_memory, payload
 from specforge_ext.store.base import StoreConfig, StoreError
@@ -136,6 +137,7 @@ def _write(
     whole: Tensor, planned: SampleRef, tensors: dict[str, Tensor], *, checksum: bool
 ) -> tuple[TensorRef, ...]:
     """Returns when the device has done it, also if it raises: the slot is free for others then."""
+    copied("put", payload.feature_bytes(planned))
     try:
         return payload.copy_into(payload.TensorExtent(whole), planned, tensors, checksum=checksum)
     finally:

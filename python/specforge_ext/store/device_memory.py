@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ DLPACK_DEVICE = 2
 """kDLCUDA: what the arena's bytes are to torch."""
 
 PROBE_BYTES = 64
+
+cuda: Any = torch.cuda
+"""Parts of it have no types."""
 
 
 class Probe:
@@ -46,6 +51,15 @@ def use_device(ordinal: int | None) -> int:
     device = torch.cuda.current_device() if ordinal is None else ordinal
     torch.cuda.synchronize(device)
     return device
+
+
+def own_stream(device: int | None) -> AbstractContextManager[object]:
+    """For looking at what lies complete in a GPU's memory: neither checksums nor the copy of a
+    prompt wait for what the current stream has still to do. None: of the host's."""
+    if device is None or not cuda.is_available():
+        return nullcontext()
+    context: AbstractContextManager[object] = cuda.stream(cuda.Stream(device))
+    return context
 
 
 def wait_for_stream(whole: Tensor) -> None:

@@ -250,6 +250,7 @@ class Pool(Generic[HeldRoom]):
     def __init__(
         self, nbytes: int, register: Callable[[int, int], int], *, device: int | None = None
     ) -> None:
+        self.device = device
         self._arena: Any
         self._views: Any
         if device is None:

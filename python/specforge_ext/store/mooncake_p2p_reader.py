@@ -11,7 +11,7 @@ from specforge_ext import _C
 from specforge_ext.config import parse_json
 from specforge_ext.copies import copied
 from specforge_ext.records import SampleRef
-from specforge_ext.store import direct_gpu, mooncake, payload
+from specforge_ext.store import device_memory, direct_gpu, mooncake, payload
 from specforge_ext.store.base import (
     Capabilities,
     CorruptFeature,
@@ -93,7 +93,8 @@ class MooncakeP2PReader:
         except StoreError:
             slot.abort()
             raise
-        return payload.lease(self._pool.lease(slot), ref, verify=verify)
+        with device_memory.own_stream(self._pool.device):
+            return payload.lease(self._pool.lease(slot), ref, verify=verify)
 
     def ack(self, ref: SampleRef) -> None:
         """Write the generation where the producer looks; leases keep their bytes. StaleRef, also

@@ -9,7 +9,7 @@ import time
 from specforge_ext.config import parse_json
 from specforge_ext.copies import copied
 from specforge_ext.records import SampleRef
-from specforge_ext.store import direct_gpu, mooncake, payload
+from specforge_ext.store import device_memory, direct_gpu, mooncake, payload
 from specforge_ext.store import mooncake_objects as objects
 from specforge_ext.store.base import (
     Capabilities,
@@ -88,7 +88,8 @@ class MooncakeStoreReader:
             if code == objects.size_of(ref):
                 copied("transfer", payload.feature_bytes(ref))
                 self._arrived()
-                return payload.lease(pool.lease(slot), ref, verify=verify)
+                with device_memory.own_stream(pool.device):
+                    return payload.lease(pool.lease(slot), ref, verify=verify)
             objects.leave(pool, slot, code)
             if code not in objects.TRANSIENT or not self.producer_alive:
                 break
