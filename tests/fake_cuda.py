@@ -67,6 +67,9 @@ class TorchCuda:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
+    def is_initialized(self) -> bool:
+        return True
+
     def device(self, index: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 

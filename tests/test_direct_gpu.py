@@ -55,6 +55,7 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
     def are(facts: Facts) -> None:
         monkeypatch.setattr(direct_gpu, "probe_gpu", lambda ordinal: facts)
         monkeypatch.setattr(direct_gpu.device_memory, "use_device", lambda ordinal: ordinal)
+        monkeypatch.setattr(direct_gpu, "cuda", fake_cuda.TorchCuda())
 
     monkeypatch.delenv(mooncake.PEER_MEMORY, raising=False)
     return are
@@ -104,6 +105,19 @@ def test_auto_says_why_it_stays_on_the_host(
         "it: samples lie on the host, no gpu_rdma: this build of Mooncake has no CUDA and cannot "
         "register GPU memory"
     ]
+
+
+def test_auto_is_for_processes_that_use_cuda(
+    facts: Callable[[Facts], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    facts(ALONE)
+    monkeypatch.setattr(direct_gpu.cuda, "is_initialized", lambda: False)
+    with caplog.at_level(logging.INFO):
+        assert direct_gpu.gpu_for("auto", "tcp", None, what="it") is None
+    assert caplog.messages == ["it: samples lie on the host, for this process does not use CUDA"]
+    assert direct_gpu.gpu_for("on", "tcp", None, what="it") == GPU
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
@@ -290,6 +304,20 @@ def test_other_bytes_are_not_believed(driver: ctypes.CDLL, kind: str) -> None:
     ):
         store.reader(with_changed(writer.address(), **{key: other}))
     store.reader(writer.address()).close()
+    writer.close()
+
+
+@needs_fake
+@needs_mooncake
+def test_a_closed_reader_has_no_pool(driver: ctypes.CDLL) -> None:
+    writer, reader = opened()
+    ref = put(writer)
+    reader.close()
+    reader.close()
+    for call in (lambda: open_(reader, ref), lambda: reader.ack(ref)):
+        with pytest.raises(StoreError, match="mooncake_p2p reader: wanted an open pool, but it"):
+            call()
+    assert reader._word_pool is None
     writer.close()
 
 

@@ -33,6 +33,10 @@ def gpu_for(
     if mode == "off":
         return None
     rung = f"gpu_{protocol}"
+    if mode == "auto" and not cuda.is_initialized():
+        # A trainer on the CPU has no use for batches on a GPU, nor a context there.
+        log.info("%s: samples lie on the host, for this process does not use CUDA", what)
+        return None
     facts = probe_gpu(ordinal)
     if reason := why_not(rung, facts):
         if mode == "on":

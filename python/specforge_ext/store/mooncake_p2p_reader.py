@@ -47,12 +47,8 @@ class MooncakeP2PReader:
         self._open_pool: mooncake.Pool[mooncake.Room] | None = mooncake.Pool(
             self._at.pool_bytes, register, device=None if self._gpu is None else self._gpu.index
         )
-        # Of what this process has to look at. The GPU's memory is not for it.
-        self._words = (
-            self._open_pool
-            if self._gpu is None
-            else mooncake.Pool(WORDS_BYTES, register, device=None)
-        )
+        # Of words that this process looks at, which it cannot in the memory of a GPU.
+        self._word_pool = None if self._gpu is None else mooncake.Pool(WORDS_BYTES, register)
         if not self.producer_alive:
             raise ProducerLost(f"{self._store}: its producer at {self._at.peer} has ended")
         [epoch] = self._read_words("the arena's header", [self._at.slots + EPOCH_AT])
@@ -115,9 +111,9 @@ class MooncakeP2PReader:
     def close(self) -> None:
         """Leases keep their bytes."""
         if self._open_pool is not None:
-            for address in {self._open_pool.region[0], self._words.region[0]}:
-                self._engine.unregister_memory(address)
-            self._open_pool = None
+            for pool in filter(None, (self._open_pool, self._word_pool)):
+                self._engine.unregister_memory(pool.region[0])
+            self._open_pool = self._word_pool = None
             self._engine = None
 
     def _expect_probe(self) -> None:
@@ -166,8 +162,8 @@ class MooncakeP2PReader:
         return offset, nbytes
 
     def _acquire_words(self, nbytes: int) -> _C.ArenaReservation:
-        self._pool  # noqa: B018 - a closed reader has none
-        slot = self._words.acquire(nbytes, self._at.read_timeout_s)
+        pool = self._word_pool or self._pool
+        slot = pool.acquire(nbytes, self._at.read_timeout_s)
         assert isinstance(slot, _C.ArenaReservation)
         return slot
 
