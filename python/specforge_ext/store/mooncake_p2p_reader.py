@@ -111,8 +111,9 @@ class MooncakeP2PReader:
     def close(self) -> None:
         """Leases keep their bytes."""
         if self._open_pool is not None:
-            for pool in filter(None, (self._open_pool, self._word_pool)):
-                self._engine.unregister_memory(pool.region[0])
+            self._engine.unregister_memory(self._open_pool.region[0])
+            if self._word_pool is not None:
+                self._engine.unregister_memory(self._word_pool.region[0])
             self._open_pool = self._word_pool = None
             self._engine = None
 
