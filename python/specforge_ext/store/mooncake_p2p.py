@@ -5,6 +5,9 @@ table of acknowledgements, an 8-byte generation per slot. A reader reads the slo
 payload into a registered pool of its own, then the word again: what was recycled meanwhile is
 stale. To acknowledge it writes the generation into the table; the producer looks there when it
 wants room. Nothing runs on the producer's side for any of this.
+
+With `direct` the payload lies on the producer's GPU, and the pool on the reader's: the same, but
+for the words, which stay on the host.
 """
 
 from __future__ import annotations

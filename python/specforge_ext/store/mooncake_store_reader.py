@@ -127,7 +127,10 @@ class MooncakeStoreReader:
         """StoreError unless a read brings an object's bytes to where samples are read."""
         pool = self._open_pool()
         slot = pool.acquire(objects.ALIVE_BYTES, self._address.read_timeout_s)
-        self._get_once(objects.alive_key(self._epoch), slot, objects.ALIVE_BYTES)
+        code = self._get_once(objects.alive_key(self._epoch), slot, objects.ALIVE_BYTES)
+        if code != objects.ALIVE_BYTES:
+            objects.leave(pool, slot, code)
+            raise ProducerLost(f"{self._store}: its producer has ended (error {code})")
         self._arrived()
         came = pool.content(slot)
         slot.abort()
