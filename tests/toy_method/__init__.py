@@ -154,6 +154,9 @@ class ToyDrafter:
             self.feature = torch.where(take[:, None], feature, self.feature)
             self.token = torch.where(take, next_tokens[:, column], self.token)
 
+    def select(self, rows: Tensor) -> None:
+        self.feature, self.token = self.feature[rows], self.token[rows]
+
     @torch.no_grad()
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None

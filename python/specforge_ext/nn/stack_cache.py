@@ -55,6 +55,12 @@ class StackCache:
                 attended = self._attend(i, wide.transpose(1, 2), self._causal(begin, end))
                 hidden = layer.finish(hidden, attended.transpose(1, 2)[rows, columns])
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, [R] int64."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.used = self.used[rows]
+
     def look_ahead(self) -> LookAhead:
         """From the last rows; it leaves no trace here."""
         return LookAhead(self)

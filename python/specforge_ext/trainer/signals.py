@@ -1,7 +1,8 @@
 """SIGTERM as a request: finish the step, save, leave with exit code 0.
 
 torchrun hands a SIGTERM on to its ranks and gives them 30 s; they save and exit with 0, while
-torchrun itself reports the signal with exit code 1.
+torchrun itself reports the signal with exit code 1. A SIGTERM to a rank ends them all, and torchrun
+with 0.
 """
 
 from __future__ import annotations

@@ -104,6 +104,14 @@ class BlockDecoding:
         cache.token[rows[last]] = next_tokens[rows, columns][last]
         cache.position[rows[last]] = places[last] + 1
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, [R] int64; the others are forgotten."""
+        cache = self._started()
+        cache.keys = [keys[rows] for keys in cache.keys]
+        cache.values = [values[rows] for values in cache.values]
+        cache.used, cache.places = cache.used[rows], cache.places[rows]
+        cache.token, cache.position = cache.token[rows], cache.position[rows]
+
     @property
     def last_tokens(self) -> Tensor:
         """[S] int64, the last known token of each sequence."""

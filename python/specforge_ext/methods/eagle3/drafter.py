@@ -75,6 +75,13 @@ class Eagle3Drafter:
         state.token[rows[last]] = tokens[last]
         state.position[rows[last]] = places[last]
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, [R] int64; the others are forgotten."""
+        state = self._started()
+        state.cache.select(rows)
+        state.hidden, state.token = state.hidden[rows], state.token[rows]
+        state.position = state.position[rows]
+
     @torch.no_grad()
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None
