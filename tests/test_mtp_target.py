@@ -220,7 +220,7 @@ def test_exports_of_other_targets_are_refused() -> None:
 
 def test_a_draft_vocabulary_is_refused() -> None:
     method = MtpMethod(MtpConfig())
-    with pytest.raises(ValueError, match="the target's whole vocabulary, 61"):
+    with pytest.raises(ValueError, match="the target's whole vocabulary of 61"):
         method.build(cases.target({}), eagle3_cases.vocab(23), seed=0)
 
 

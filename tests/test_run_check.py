@@ -279,6 +279,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"num_layers": 2, "layer_ids": [2, 5, 7], "num_anchors": 64, "block_size": 6},
         "markov_rank": 64,
     },
+    "mtp": {},
 }
 OPTIONS = [
     ("eagle3", {}),
@@ -291,6 +292,8 @@ OPTIONS = [
     ("dspark", {}),
     ("dspark", {"num_layers": 1, "markov_head": "gated"}),
     ("dspark", {"num_layers": 1, "markov_head": "rnn"}),
+    ("mtp", {}),
+    ("mtp", {"num_steps": 1, "loss": "labels"}),
 ]
 LENGTH = 128
 
@@ -349,6 +352,7 @@ def test_activations_are_as_estimated(
             embed_tokens=weights.embed_tokens.bfloat16(),
             lm_head=weights.lm_head.bfloat16(),
             final_norm=weights.final_norm,
+            last_layer={name: x.bfloat16() for name, x in weights.last_layer.items()},
         )
     few, many = (saved_bytes(method, weights, n, bf16=bf16) for n in (2, 4))
     work = method.work(

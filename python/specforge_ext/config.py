@@ -7,18 +7,43 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from specforge_ext.registry import unknown_name
 
 
 class Config(BaseModel):
-    """Frozen, unknown keys forbidden. Units are part of the names of the fields."""
+    """Frozen, unknown keys forbidden, numbers finite. Units are part of the names of the fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` as true, which would count as 1."""
+        field = cls.model_fields[str(info.field_name)]
+        kinds = _kinds(field.annotation)
+        if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}:
+            raise ValueError("wanted neither true nor false")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    parts = get_args(annotation)
+    return {kind for part in parts for kind in _kinds(part)} if parts else {annotation}
 
 
 def _word(value: object) -> object:

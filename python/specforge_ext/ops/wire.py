@@ -1,7 +1,7 @@
 """The wire encoding `fp8_e4m3_row`: e4m3 codes, one float32 scale per token and layer, one crc32c;
 and the crc32c of bytes that are not encoded.
 
-Definition: csrc/wire/{fp8_rows,bytes_crc}.h, and in plain torch `ops.reference_wire`.
+Definition: csrc/wire/{fp8_rows,bytes_crc}.h, and in plain torch `ops.reference.wire`.
 Legend: T tokens, L layers, W width of a layer; N = T * L rows.
 """
 
