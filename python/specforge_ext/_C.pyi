@@ -22,6 +22,7 @@ __all__: list[str] = [
     "advise_huge_pages",
     "available_isas",
     "block_mask",
+    "bytes_crc",
     "cod_chains",
     "copy_crc32c",
     "copy_crc32c_by",
@@ -166,6 +167,40 @@ class ArenaConsumer:
         (address, nbytes) of the slots' pages and of the payload.
         """
 
+class DeviceArenaLease:
+    def dlpack(
+        self, device_type: typing.SupportsInt | typing.SupportsIndex = 2
+    ) -> typing_extensions.CapsuleType:
+        """
+        The bytes as a DLPack capsule, which keeps the lease.
+        """
+    @property
+    def nbytes(self) -> int: ...
+
+class DeviceArenaConsumer:
+    def __init__(self, device: typing.SupportsInt | typing.SupportsIndex, address: str) -> None:
+        """
+        shm:unix:PATH:EPOCH. ProducerLost, TransferTimeout, ValueError.
+        """
+    def acknowledge(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def lease(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> DeviceArenaLease:
+        """
+        The slot's bytes, until the last view of the result is gone. StaleRef.
+        """
+    def reap(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def producer_alive(self) -> bool: ...
+
 class DeviceArenaReservation:
     def abort(self) -> None: ...
     def dlpack(
@@ -178,6 +213,8 @@ class DeviceArenaReservation:
         """
         What was written must be complete: not queued on a stream.
         """
+    @property
+    def address(self) -> int: ...
     @property
     def generation(self) -> int: ...
     @property
@@ -213,6 +250,10 @@ class DeviceArenaProducer:
         slot: typing.SupportsInt | typing.SupportsIndex,
         generation: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
+    def reader(self) -> DeviceArenaConsumer:
+        """
+        One in this process, of the same addresses: no second mapping of the memory.
+        """
     def reap(self) -> int:
         """
         Return the leases of ended readers; the number of those readers.
@@ -226,40 +267,6 @@ class DeviceArenaProducer:
     def epoch(self) -> int: ...
     @property
     def regions(self) -> list[tuple[int, int]]: ...
-
-class DeviceArenaLease:
-    def dlpack(
-        self, device_type: typing.SupportsInt | typing.SupportsIndex = 2
-    ) -> typing_extensions.CapsuleType:
-        """
-        The bytes as a DLPack capsule, which keeps the lease.
-        """
-    @property
-    def nbytes(self) -> int: ...
-
-class DeviceArenaConsumer:
-    def __init__(self, device: typing.SupportsInt | typing.SupportsIndex, address: str) -> None:
-        """
-        shm:unix:PATH:EPOCH. ProducerLost, TransferTimeout, ValueError.
-        """
-    def acknowledge(
-        self,
-        slot: typing.SupportsInt | typing.SupportsIndex,
-        generation: typing.SupportsInt | typing.SupportsIndex,
-    ) -> None: ...
-    def lease(
-        self,
-        slot: typing.SupportsInt | typing.SupportsIndex,
-        generation: typing.SupportsInt | typing.SupportsIndex,
-    ) -> DeviceArenaLease:
-        """
-        The slot's bytes, until the last view of the result is gone. StaleRef.
-        """
-    def reap(self) -> int: ...
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def producer_alive(self) -> bool: ...
 
 def advise_huge_pages(tensor: torch.Tensor) -> None: ...
 def available_isas() -> list[str]: ...
@@ -276,6 +283,16 @@ def block_mask(
     q: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def bytes_crc(
+    data: torch.Tensor,
+    part_crc: torch.Tensor,
+    crc: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None:
+    """
+    part_crc: one for each 64 KiB that were begun.
+    """
+
 def cod_chains(
     loss_mask: torch.Tensor,
     cu_seqlens: torch.Tensor,

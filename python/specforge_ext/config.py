@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from specforge_ext.registry import unknown_name
 
@@ -38,6 +45,13 @@ def _kinds(annotation: Any) -> set[Any]:
     parts = get_args(annotation)
     return {kind for part in parts for kind in _kinds(part)} if parts else {annotation}
 
+
+def _word(value: object) -> object:
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
+"""Of a field that YAML, and so an override, would make a boolean of: on and off are words."""
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 

@@ -14,6 +14,7 @@ from typing import cast, get_args
 from pydantic import Field
 
 from specforge_ext import _C
+from specforge_ext.config import Switch
 from specforge_ext.records import FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.store import payload
 from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, StoreFull
@@ -44,7 +45,7 @@ class ShmConfig(StoreConfig):
     max_slots: int = Field(default=1024, gt=0, le=1 << 20)
     high_watermark: float = Field(default=1.0, gt=0, le=1)
     low_watermark: float = Field(default=1.0, gt=0, le=1)
-    page_lock: PageLockMode = "auto"
+    page_lock: Switch = "auto"
     socket_path: str | None = None
 
 
