@@ -21,6 +21,7 @@ from specforge_ext.records import FeatureLayout, FeatureSpec, Prompt, Sample, Sa
 from specforge_ext.store import STORES
 from specforge_ext.store.base import Lease
 from specforge_ext.store.mooncake_master import Master
+from specforge_ext.store.ref import ref_from_bytes, ref_to_bytes
 from specforge_ext.store.shm import ShmConfig, ShmReservation, ShmStore
 
 HIDDEN = 4096
@@ -240,7 +241,8 @@ class StoreProducer:
         pass
 
     def deliver(self, consumer: int, tell: Tell) -> None:
-        tell(self._writer.put(self._sample, layout_hash=LAYOUT.hash, timeout_s=TIMEOUT_S))
+        ref = self._writer.put(self._sample, layout_hash=LAYOUT.hash, timeout_s=TIMEOUT_S)
+        tell(ref_to_bytes(ref))
 
     def recover(self) -> None:
         pass
@@ -277,7 +279,7 @@ class InPlaceProducer:
             self._reserved.append(slot)
 
     def deliver(self, consumer: int, tell: Tell) -> None:
-        tell(self._reserved.pop().publish())
+        tell(ref_to_bytes(self._reserved.pop().publish()))
 
     def recover(self) -> None:
         pass
@@ -292,9 +294,10 @@ class StoreConsumer:
         self._reader = STORES.get(kind).reader(address)
         self._open: tuple[SampleRef, Lease] | None = None
 
-    def receive(self, message: SampleRef) -> Tensors:
-        lease = self._reader.open(message, layout_hash=LAYOUT.hash, verify=self._verify)
-        self._open = (message, lease)
+    def receive(self, message: bytes) -> Tensors:
+        ref = ref_from_bytes(message)
+        lease = self._reader.open(ref, layout_hash=LAYOUT.hash, verify=self._verify)
+        self._open = (ref, lease)
         return tensors_of(lease.sample)
 
     def release(self) -> None:

@@ -1,203 +1,299 @@
-// Whether a SampleRef can be true of a store: store/ref.py says why not, this says it fast.
-#include <algorithm>
+// SampleRefs between Python's records, plain data and bytes; and the tensors of one as views of a
+// buffer. store/ref.py says why a ref is refused, this says fast that it is not.
+#include <pybind11/gil_safe_call_once.h>
+#include <pybind11/stl.h>
+
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
+#include "core/error.h"
+#include "dlpack.h"
+#include "transport/sample_ref.h"
 
 namespace py = pybind11;
 
 namespace sf {
 namespace {
 
-// As in store/ref.py; tests/test_store_ref_native.py compares.
-constexpr int64_t kMaxSize = INT64_MAX;
-constexpr int64_t kMaxDim = INT32_MAX;
-constexpr int64_t kMaxU32 = UINT32_MAX;
-constexpr int64_t kMaxGeneration = (int64_t{1} << 40) - 1;
-constexpr int64_t kAlignBytes = 64;
-constexpr Py_ssize_t kMaxTensors = 256;
-
-struct Dtype {
-  std::string_view name;
-  int64_t itemsize;
-  bool encodes;  // with fp8_e4m3_row
-};
-constexpr std::array<Dtype, 6> kDtypes = {{{"float32", 4, true},
-                                           {"bfloat16", 2, true},
-                                           {"float16", 2, true},
-                                           {"int64", 8, false},
-                                           {"int32", 4, false},
-                                           {"uint8", 1, false}}};
-
-struct Range {
-  int64_t offset;
-  int64_t nbytes;
-  bool operator<(const Range& other) const {
-    return std::pair(offset, nbytes) < std::pair(other.offset, other.nbytes);
-  }
-};
-
-// Attributes by name, each name made once.
+// Names of attributes, each made once.
 #define SF_NAME(name)                                               \
   [] {                                                              \
     static const py::handle held(PyUnicode_InternFromString(name)); \
     return held;                                                    \
   }()
 
-std::optional<int64_t> integer(const py::object& value, int64_t low, int64_t high) {
+std::optional<int64_t> integer(py::handle value) {
   if (!PyLong_CheckExact(value.ptr())) return std::nullopt;
   int overflow = 0;
   const int64_t number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
-  if (overflow != 0 || number < low || number > high) return std::nullopt;
+  if (overflow != 0) return std::nullopt;
   return number;
 }
 
-// Only if it is ASCII: what is not has other views than its characters.
-std::optional<std::string_view> ascii(const py::object& value) {
+std::optional<std::string_view> ascii(py::handle value) {
   if (!PyUnicode_CheckExact(value.ptr()) || !PyUnicode_IS_ASCII(value.ptr())) return std::nullopt;
   return std::string_view(static_cast<const char*>(PyUnicode_DATA(value.ptr())),
                           static_cast<size_t>(PyUnicode_GET_LENGTH(value.ptr())));
 }
 
-bool is_text(const py::object& value, Py_ssize_t max_chars) {
-  if (!PyUnicode_CheckExact(value.ptr())) return false;
-  const Py_ssize_t num_chars = PyUnicode_GET_LENGTH(value.ptr());
-  if (num_chars == 0 || num_chars > max_chars) return false;
-  if (const auto text = ascii(value))
-    return std::all_of(text->begin(), text->end(), [](char c) { return c >= 0x20 && c < 0x7f; });
-  return value.attr("isprintable")().cast<bool>();
-}
+// Takes attributes of Python's records; texts lie in objects that it keeps. What is not of exactly
+// the right type makes `ok` false.
+class Taker {
+ public:
+  int64_t take_int(py::handle from, py::handle name) { return checked(integer(from.attr(name))); }
 
-bool is_letter(char c) { return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '_'; }
+  std::string_view take_text(py::handle from, py::handle name) {
+    held_.push_back(from.attr(name));
+    return checked(ascii(held_.back()));
+  }
 
-bool is_name(std::string_view text) {
-  return !text.empty() && text.size() <= 128 && is_letter(text[0]) &&
-         std::all_of(text.begin(), text.end(), [](char c) {
-           return is_letter(c) || (c >= '0' && c <= '9') || c == '.' || c == '-';
-         });
-}
+  std::optional<int64_t> take_checksum(py::handle from) {
+    const py::object value = from.attr(SF_NAME("checksum"));
+    if (value.is_none()) return std::nullopt;
+    return checked(integer(value));
+  }
 
-const Dtype* dtype_named(const py::object& value) {
-  const auto text = ascii(value);
-  if (!text) return nullptr;
-  const auto* const found = std::find_if(kDtypes.begin(), kDtypes.end(),
-                                         [&](const Dtype& dtype) { return dtype.name == *text; });
-  return found == kDtypes.end() ? nullptr : found;
-}
+  void take_shape(py::handle from, RefTensor* out) {
+    const py::object shape = from.attr(SF_NAME("shape"));
+    if (!PyTuple_CheckExact(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) > kMaxRefRank) {
+      ok = false;
+      return;
+    }
+    out->rank = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+    for (int i = 0; i < out->rank; ++i)
+      out->shape[static_cast<size_t>(i)] = checked(integer(PyTuple_GET_ITEM(shape.ptr(), i)));
+  }
 
-std::optional<int64_t> offset_of(const py::object& value) {
-  const auto offset = integer(value, 0, kMaxSize);
-  return offset && *offset % kAlignBytes == 0 ? offset : std::nullopt;
-}
+  RefTensor take_tensor(py::handle from) {
+    RefTensor out;
+    out.name = take_text(from, SF_NAME("name"));
+    out.dtype = ref_dtype(take_text(from, SF_NAME("dtype")));
+    out.encoding = ref_encoding(take_text(from, SF_NAME("encoding")));
+    take_shape(from, &out);
+    out.offset = take_int(from, SF_NAME("offset"));
+    out.nbytes = take_int(from, SF_NAME("nbytes"));
+    out.checksum = take_checksum(from);
+    out.num_scales = take_int(from, SF_NAME("num_scales"));
+    out.scales_offset = take_int(from, SF_NAME("scales_offset"));
+    return out;
+  }
 
-struct Shape {
-  int64_t rows;
-  int64_t width;  // 1 of a prompt's tensor, which has none
+  Ref take(py::handle from) {
+    Ref out;
+    out.sample_id = take_text(from, SF_NAME("sample_id"));
+    out.store = take_text(from, SF_NAME("store"));
+    out.layout_hash = take_text(from, SF_NAME("layout_hash"));
+    out.slot = take_int(from, SF_NAME("slot"));
+    out.generation = take_int(from, SF_NAME("generation"));
+    out.num_tokens = take_int(from, SF_NAME("num_tokens"));
+    out.nbytes = take_int(from, SF_NAME("nbytes"));
+    const py::object tensors = from.attr(SF_NAME("tensors"));
+    ok = ok && PyTuple_CheckExact(tensors.ptr()) &&
+         PyTuple_GET_SIZE(tensors.ptr()) <= kMaxRefTensors;
+    if (!ok) return out;
+    const Py_ssize_t num_tensors = PyTuple_GET_SIZE(tensors.ptr());
+    out.tensors.reserve(static_cast<size_t>(num_tensors));
+    for (Py_ssize_t i = 0; i < num_tensors && ok; ++i)
+      out.tensors.push_back(take_tensor(PyTuple_GET_ITEM(tensors.ptr(), i)));
+    return out;
+  }
+
+  bool ok = true;
+
+ private:
+  template <typename T>
+  T checked(const std::optional<T>& value) {
+    if (!value) ok = false;
+    return value.value_or(T{});
+  }
+
+  std::vector<py::object> held_;
 };
 
-std::optional<Shape> shape_of(const py::object& value, Py_ssize_t rank, int64_t num_tokens) {
-  if (!PyTuple_CheckExact(value.ptr()) || PyTuple_GET_SIZE(value.ptr()) != rank)
-    return std::nullopt;
-  const auto size = [&](Py_ssize_t i) {
-    return integer(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(value.ptr(), i)), 0,
-                   kMaxDim);
+bool is_valid(const py::object& ref) {
+  Taker taker;
+  const Ref taken = taker.take(ref);
+  return taker.ok && ref_is_valid(taken);
+}
+
+std::optional<py::bytes> to_bytes(const py::object& ref) {
+  Taker taker;
+  const Ref taken = taker.take(ref);
+  if (!taker.ok || !ref_is_valid(taken)) return std::nullopt;
+  return py::bytes(ref_to_bytes(taken));
+}
+
+py::object text(std::string_view ascii) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_FromStringAndSize(ascii.data(), static_cast<Py_ssize_t>(ascii.size())));
+}
+
+// The same object for every ref.
+template <size_t N>
+std::array<py::handle, N> texts_of(const std::array<std::string_view, N>& names) {
+  std::array<py::handle, N> out;
+  for (size_t i = 0; i < N; ++i) out[i] = text(names[i]).release();
+  return out;
+}
+
+py::handle dtype_text(int dtype) {
+  static const auto texts = [] {
+    std::array<std::string_view, kRefDtypes.size()> names;
+    for (size_t i = 0; i < names.size(); ++i) names[i] = kRefDtypes[i].name;
+    return texts_of(names);
+  }();
+  return texts[static_cast<size_t>(dtype)];
+}
+
+py::handle encoding_text(int encoding) {
+  static const auto texts = texts_of(kRefEncodings);
+  return texts[static_cast<size_t>(encoding)];
+}
+
+// Python's frozen records, filled as unpickling fills them: their own way in is an assignment that
+// they refuse, and its detour.
+class Record {
+ public:
+  explicit Record(py::handle type) {
+    auto* const plain = reinterpret_cast<PyTypeObject*>(type.ptr());
+    const py::tuple nothing;
+    object_ = py::reinterpret_steal<py::object>(plain->tp_new(plain, nothing.ptr(), nullptr));
+    if (!object_) throw py::error_already_set();
+  }
+  void set(py::handle name, const py::object& value) {
+    if (!value || PyObject_GenericSetAttr(object_.ptr(), name.ptr(), value.ptr()) != 0)
+      throw py::error_already_set();
+  }
+  void set(py::handle name, py::handle value) {
+    set(name, py::reinterpret_borrow<py::object>(value));
+  }
+  void set(py::handle name, int64_t value) { set(name, py::object(py::int_(value))); }
+  py::object take() { return std::move(object_); }
+
+ private:
+  py::object object_;
+};
+
+struct RecordTypes {
+  py::object sample_ref;
+  py::object tensor_ref;
+};
+
+const RecordTypes& record_types() {
+  // A plain static would be waited for with the GIL held, which an import lets go.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<RecordTypes> storage;
+  return storage
+      .call_once_and_store_result([] {
+        const auto records = py::module_::import("specforge_ext.records");
+        return RecordTypes{records.attr("SampleRef"), records.attr("TensorRef")};
+      })
+      .get_stored();
+}
+
+py::object make_tensor(const RefTensor& tensor) {
+  Record out(record_types().tensor_ref);
+  py::tuple shape(static_cast<size_t>(tensor.rank));
+  for (size_t i = 0; i < shape.size(); ++i) shape[i] = py::int_(tensor.shape[i]);
+  out.set(SF_NAME("name"), text(tensor.name));
+  out.set(SF_NAME("dtype"), dtype_text(tensor.dtype));
+  out.set(SF_NAME("shape"), py::object(std::move(shape)));
+  out.set(SF_NAME("offset"), tensor.offset);
+  out.set(SF_NAME("nbytes"), tensor.nbytes);
+  out.set(SF_NAME("encoding"), encoding_text(tensor.encoding));
+  out.set(SF_NAME("checksum"),
+          tensor.checksum ? py::object(py::int_(*tensor.checksum)) : py::none());
+  out.set(SF_NAME("num_scales"), tensor.num_scales);
+  out.set(SF_NAME("scales_offset"), tensor.scales_offset);
+  return out.take();
+}
+
+py::object make_ref(const Ref& ref) {
+  Record out(record_types().sample_ref);
+  py::tuple tensors(ref.tensors.size());
+  for (size_t i = 0; i < ref.tensors.size(); ++i) tensors[i] = make_tensor(ref.tensors[i]);
+  out.set(SF_NAME("sample_id"), text(ref.sample_id));
+  out.set(SF_NAME("store"), text(ref.store));
+  out.set(SF_NAME("slot"), ref.slot);
+  out.set(SF_NAME("generation"), ref.generation);
+  out.set(SF_NAME("layout_hash"), text(ref.layout_hash));
+  out.set(SF_NAME("num_tokens"), ref.num_tokens);
+  out.set(SF_NAME("nbytes"), ref.nbytes);
+  out.set(SF_NAME("tensors"), py::object(std::move(tensors)));
+  return out.take();
+}
+
+py::object from_bytes(const py::bytes& data) {
+  const auto ref = ref_from_bytes(std::string_view(data));
+  return ref ? make_ref(*ref) : py::none();
+}
+
+// A buffer of Python's, kept until the last view of it is gone, which any thread may drop.
+class Buffer {
+ public:
+  explicit Buffer(const py::object& owner) {
+    if (PyObject_GetBuffer(owner.ptr(), &buffer_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~Buffer() {
+    const py::gil_scoped_acquire locked;
+    PyBuffer_Release(&buffer_);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  std::byte* data() const { return static_cast<std::byte*>(buffer_.buf); }
+  int64_t nbytes() const { return buffer_.len; }
+
+ private:
+  Py_buffer buffer_;
+};
+
+constexpr dlpack::DataType kFloat{2, 32, 1};
+constexpr std::array<dlpack::DataType, kRefDtypes.size()> kDtypes = {
+    {kFloat, {4, 16, 1}, {2, 16, 1}, {0, 64, 1}, {0, 32, 1}, dlpack::kByte}};
+
+void expect_within(const RefTensor& tensor, int64_t available) {
+  const auto fits = [&](int64_t offset, int64_t nbytes) {
+    return offset <= available && nbytes <= available - offset;
   };
-  const auto rows = size(0);
-  const auto width = rank == 2 ? size(1) : int64_t{1};
-  if (!rows || !width || *rows != num_tokens) return std::nullopt;
-  return Shape{*rows, *width};
+  if (fits(tensor.offset, tensor.nbytes) &&
+      (!tensor.encoded() || fits(tensor.scales_offset, tensor.scales_nbytes())))
+    return;
+  throw ArgumentError("tensor " + std::string(tensor.name) + ": must lie within " +
+                      std::to_string(available) + " bytes, got " + std::to_string(tensor.nbytes) +
+                      " at " + std::to_string(tensor.offset));
 }
 
-// What a sample's tensors have told so far. The names are of objects that `held` keeps.
-struct Seen {
-  std::vector<std::string_view> names;
-  std::vector<Range> ranges;
-  std::vector<py::object> held;
-};
-
-bool take_scales(const py::object& tensor, const Dtype& dtype, const Shape& shape, Seen* seen) {
-  if (!dtype.encodes || shape.width == 0) return false;
-  const auto num_scales = integer(tensor.attr(SF_NAME("num_scales")), 1, shape.width);
-  const auto offset = offset_of(tensor.attr(SF_NAME("scales_offset")));
-  int64_t nbytes = 0;
-  if (!num_scales || !offset || shape.width % *num_scales != 0 ||
-      __builtin_mul_overflow(4 * *num_scales, shape.rows, &nbytes))
-    return false;
-  seen->ranges.push_back({*offset, nbytes});
-  return true;
-}
-
-bool take_tensor(const py::object& tensor, int64_t num_tokens, Seen* seen) {
-  seen->held.push_back(tensor.attr(SF_NAME("name")));
-  const auto name = ascii(seen->held.back());
-  if (!name || !is_name(*name)) return false;
-  const Dtype* const dtype = dtype_named(tensor.attr(SF_NAME("dtype")));
-  if (dtype == nullptr) return false;
-  const bool is_ids = *name == "input_ids";
-  const bool is_mask = *name == "loss_mask";
-  if ((is_ids && dtype->name != "int32") || (is_mask && dtype->name != "uint8")) return false;
-  const py::object encoding_held = tensor.attr(SF_NAME("encoding"));
-  const auto encoding = ascii(encoding_held);
-  const bool encoded = encoding == "fp8_e4m3_row";
-  if (!encoded && encoding != "none") return false;
-  const py::object checksum = tensor.attr(SF_NAME("checksum"));
-  if (!checksum.is_none() && !integer(checksum, 0, kMaxU32)) return false;
-  const auto shape = shape_of(tensor.attr(SF_NAME("shape")), is_ids || is_mask ? 1 : 2, num_tokens);
-  const auto offset = offset_of(tensor.attr(SF_NAME("offset")));
-  const auto nbytes = integer(tensor.attr(SF_NAME("nbytes")), 0, kMaxSize);
-  int64_t wanted = 0;
-  if (!shape || !offset || !nbytes ||
-      __builtin_mul_overflow(shape->rows * shape->width, encoded ? 1 : dtype->itemsize, &wanted) ||
-      *nbytes != wanted)
-    return false;
-  seen->names.push_back(*name);
-  seen->ranges.push_back({*offset, *nbytes});
-  if (encoded) return take_scales(tensor, *dtype, *shape, seen);
-  return integer(tensor.attr(SF_NAME("num_scales")), 0, 0) &&
-         integer(tensor.attr(SF_NAME("scales_offset")), 0, 0);
-}
-
-bool names_fit(std::vector<std::string_view>* names) {
-  std::sort(names->begin(), names->end());
-  return std::adjacent_find(names->begin(), names->end()) == names->end() &&
-         std::binary_search(names->begin(), names->end(), "input_ids") &&
-         std::binary_search(names->begin(), names->end(), "loss_mask");
-}
-
-bool ranges_fit(std::vector<Range>* ranges, int64_t available) {
-  std::sort(ranges->begin(), ranges->end());
-  int64_t end = 0;
-  for (const Range& range : *ranges) {
-    if (range.offset < end || range.offset > available || range.nbytes > available - range.offset)
-      return false;
-    end = range.offset + range.nbytes;
+// Capsules for torch.from_dlpack.
+py::typing::List<py::capsule> views(const py::object& extent, const py::tuple& tensors) {
+  const auto buffer = std::make_shared<Buffer>(extent);
+  const auto view = [&](int64_t offset, dlpack::DataType dtype, const dlpack::Shape& shape) {
+    return dlpack::view(buffer->data() + offset, dtype, shape, {dlpack::kCpu, 0}, buffer);
+  };
+  py::typing::List<py::capsule> out;
+  for (const py::handle from : tensors) {
+    Taker taker;
+    const RefTensor tensor = taker.take_tensor(from);
+    if (!taker.ok || !ref_tensor_is_valid(tensor, tensor.shape[0]))
+      throw ArgumentError("tensors: must be those of a valid ref, got " +
+                          py::repr(from).cast<std::string>());
+    expect_within(tensor, buffer->nbytes());
+    const auto& [rows, width] = tensor.shape;
+    if (!tensor.encoded()) {
+      const auto dtype = kDtypes[static_cast<size_t>(tensor.dtype)];
+      out.append(view(tensor.offset, dtype, {tensor.rank, {rows, width}}));
+      continue;
+    }
+    out.append(view(tensor.offset, dlpack::kByte, {2, {rows, width}}));
+    out.append(view(tensor.scales_offset, kFloat, {2, {rows, tensor.num_scales}}));
   }
-  return true;
-}
-
-bool ref_is_valid(const py::object& ref) {
-  if (!is_text(ref.attr(SF_NAME("sample_id")), 512) || !is_text(ref.attr(SF_NAME("store")), 128) ||
-      !is_text(ref.attr(SF_NAME("layout_hash")), 64) ||
-      !integer(ref.attr(SF_NAME("slot")), 0, kMaxU32) ||
-      !integer(ref.attr(SF_NAME("generation")), 1, kMaxGeneration))
-    return false;
-  const auto num_tokens = integer(ref.attr(SF_NAME("num_tokens")), 0, kMaxDim);
-  const auto nbytes = integer(ref.attr(SF_NAME("nbytes")), 0, kMaxSize);
-  const py::object tensors = ref.attr(SF_NAME("tensors"));
-  if (!num_tokens || !nbytes || !PyTuple_CheckExact(tensors.ptr()) ||
-      PyTuple_GET_SIZE(tensors.ptr()) > kMaxTensors)
-    return false;
-  Seen seen;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors.ptr()); ++i) {
-    const auto tensor = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tensors.ptr(), i));
-    if (!take_tensor(tensor, *num_tokens, &seen)) return false;
-  }
-  return names_fit(&seen.names) && ranges_fit(&seen.ranges, *nbytes);
+  return out;
 }
 
 #undef SF_NAME
@@ -205,8 +301,16 @@ bool ref_is_valid(const py::object& ref) {
 }  // namespace
 
 void bind_ref(py::module_& m) {
-  m.def("ref_is_valid", &ref_is_valid, py::arg("ref"),
-        "False also for values of subclasses of int, str and tuple. AttributeError for no ref.");
+  m.def("ref_is_valid", &is_valid, py::arg("ref"),
+        "False also for texts that are not ASCII, and for values of subclasses of int, str and "
+        "tuple. AttributeError for no ref.");
+  m.def("ref_to_bytes", &to_bytes, py::arg("ref"), "None where ref_is_valid says False.");
+  m.def("ref_from_bytes", &from_bytes, py::arg("data"),
+        "A SampleRef; None for other bytes than ref_to_bytes makes.");
+  m.def("tensor_views", &views, py::arg("extent"), py::arg("tensors"),
+        "Of a buffer, a DLPack capsule for each of a ref's tensors; for an encoded one two, its "
+        "codes "
+        "and its scales. Each keeps the buffer. ValueError for what does not lie within it.");
 }
 
 }  // namespace sf
