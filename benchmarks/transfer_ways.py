@@ -108,6 +108,7 @@ class Way:
     absent: why it cannot be used here, or None.
     turns: deliveries in a round, where they are short and their spread matters.
     moves: whether the bytes move within the clock; else only the latency means something.
+    raw: messages are bytes, which are sent as they are; else objects, which are pickled.
     master: owner of the Mooncake master whose CPU seconds are its too.
     """
 
@@ -119,6 +120,7 @@ class Way:
     absent: Callable[[], str | None] = lambda: None
     turns: int = 1
     moves: bool = True
+    raw: bool = False
     master: str | None = None
 
 
@@ -197,14 +199,14 @@ class MessageProducer(CopyProducer):
         self.handles = [self._num_tokens for _ in links]
 
     def deliver(self, consumer: int, tell: Tell) -> None:
-        tell(self._num_tokens)
+        tell(b"a sample")
 
 
 class MessageConsumer:
     def __init__(self, handle: int, link: None) -> None:
         self._tensors = tensors_of(make_sample(handle * BYTES_PER_TOKEN >> 20))
 
-    def receive(self, message: int) -> Tensors:
+    def receive(self, message: bytes) -> Tensors:
         return self._tensors
 
     def release(self) -> None:
@@ -320,6 +322,7 @@ def store_way(kind: str, *, checksum: bool = True) -> Way:
         clock=f"{sums[0]} | message | {sums[1]} | read | release + ack",
         link=_master_link if kind == "mooncake_store" else _plain_link,
         absent=STORES.get(kind).unavailable,
+        raw=True,
         master=OURS if kind == "mooncake_store" else None,
     )
 
@@ -340,6 +343,7 @@ MESSAGE = Way(
     "message | read",
     turns=5,
     moves=False,
+    raw=True,
 )
 IN_PLACE = Way(
     "specforge_ext/shm/in-place",
@@ -348,6 +352,7 @@ IN_PLACE = Way(
     "publish (the bytes lie there, no checksum) | message | open | read | release + ack",
     turns=5,
     moves=False,
+    raw=True,
 )
 WAYS = (
     MEMCPY,

@@ -181,24 +181,30 @@ class Record {
   py::object object_;
 };
 
-struct RecordTypes {
+struct Records {
   py::object sample_ref;
   py::object tensor_ref;
+  py::object prompt;
+  py::object encoded_feature;
+  py::object stored_sample;
+  py::object dtypes;
 };
 
-const RecordTypes& record_types() {
+const Records& records() {
   // A plain static would be waited for with the GIL held, which an import lets go.
-  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<RecordTypes> storage;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Records> storage;
   return storage
       .call_once_and_store_result([] {
-        const auto records = py::module_::import("specforge_ext.records");
-        return RecordTypes{records.attr("SampleRef"), records.attr("TensorRef")};
+        const auto module = py::module_::import("specforge_ext.records");
+        return Records{module.attr("SampleRef"),    module.attr("TensorRef"),
+                       module.attr("Prompt"),       module.attr("EncodedFeature"),
+                       module.attr("StoredSample"), module.attr("DTYPES")};
       })
       .get_stored();
 }
 
 py::object make_tensor(const RefTensor& tensor) {
-  Record out(record_types().tensor_ref);
+  Record out(records().tensor_ref);
   py::tuple shape(static_cast<size_t>(tensor.rank));
   for (size_t i = 0; i < shape.size(); ++i) shape[i] = py::int_(tensor.shape[i]);
   out.set(SF_NAME("name"), text(tensor.name));
@@ -215,7 +221,7 @@ py::object make_tensor(const RefTensor& tensor) {
 }
 
 py::object make_ref(const Ref& ref) {
-  Record out(record_types().sample_ref);
+  Record out(records().sample_ref);
   py::tuple tensors(ref.tensors.size());
   for (size_t i = 0; i < ref.tensors.size(); ++i) tensors[i] = make_tensor(ref.tensors[i]);
   out.set(SF_NAME("sample_id"), text(ref.sample_id));
@@ -270,30 +276,89 @@ void expect_within(const RefTensor& tensor, int64_t available) {
                       " at " + std::to_string(tensor.offset));
 }
 
-// Capsules for torch.from_dlpack.
-py::typing::List<py::capsule> views(const py::object& extent, const py::tuple& tensors) {
-  const auto buffer = std::make_shared<Buffer>(extent);
-  const auto view = [&](int64_t offset, dlpack::DataType dtype, const dlpack::Shape& shape) {
-    return dlpack::view(buffer->data() + offset, dtype, shape, {dlpack::kCpu, 0}, buffer);
-  };
-  py::typing::List<py::capsule> out;
-  for (const py::handle from : tensors) {
-    Taker taker;
-    const RefTensor tensor = taker.take_tensor(from);
-    if (!taker.ok || !ref_tensor_is_valid(tensor, tensor.shape[0]))
-      throw ArgumentError("tensors: must be those of a valid ref, got " +
+// The tensors of a ref as views of a buffer. `from_dlpack`: torch's.
+class Viewer {
+ public:
+  Viewer(const py::object& extent, py::handle from_dlpack)
+      : buffer_(std::make_shared<Buffer>(extent)), from_dlpack_(from_dlpack) {}
+
+  RefTensor take(py::handle from, std::optional<int64_t> num_tokens) {
+    const RefTensor tensor = taker_.take_tensor(from);
+    if (!taker_.ok || !ref_tensor_is_valid(tensor, num_tokens.value_or(tensor.shape[0])))
+      throw ArgumentError("tensor: must be one of a valid ref, got " +
                           py::repr(from).cast<std::string>());
-    expect_within(tensor, buffer->nbytes());
-    const auto& [rows, width] = tensor.shape;
-    if (!tensor.encoded()) {
-      const auto dtype = kDtypes[static_cast<size_t>(tensor.dtype)];
-      out.append(view(tensor.offset, dtype, {tensor.rank, {rows, width}}));
-      continue;
-    }
-    out.append(view(tensor.offset, dlpack::kByte, {2, {rows, width}}));
-    out.append(view(tensor.scales_offset, kFloat, {2, {rows, tensor.num_scales}}));
+    expect_within(tensor, buffer_->nbytes());
+    return tensor;
+  }
+
+  // Of its codes, if it is encoded.
+  py::object values(const RefTensor& tensor) const {
+    const auto dtype =
+        tensor.encoded() ? dlpack::kByte : kDtypes[static_cast<size_t>(tensor.dtype)];
+    return view(tensor.offset, dtype, {tensor.rank, {tensor.shape[0], tensor.shape[1]}});
+  }
+
+  py::object scales(const RefTensor& tensor) const {
+    return view(tensor.scales_offset, kFloat, {2, {tensor.shape[0], tensor.num_scales}});
+  }
+
+ private:
+  py::object view(int64_t offset, dlpack::DataType dtype, const dlpack::Shape& shape) const {
+    return from_dlpack_(
+        dlpack::view(buffer_->data() + offset, dtype, shape, {dlpack::kCpu, 0}, buffer_));
+  }
+
+  Taker taker_;
+  std::shared_ptr<Buffer> buffer_;
+  py::handle from_dlpack_;
+};
+
+py::list views(const py::object& extent, const py::tuple& tensors, const py::object& from_dlpack) {
+  Viewer viewer(extent, from_dlpack);
+  py::list out;
+  for (const py::handle from : tensors) {
+    const RefTensor tensor = viewer.take(from, std::nullopt);
+    out.append(viewer.values(tensor));
+    if (tensor.encoded()) out.append(viewer.scales(tensor));
   }
   return out;
+}
+
+py::object encoded_feature(const Viewer& viewer, const RefTensor& tensor) {
+  const py::object& dtypes = records().dtypes;
+  Record out(records().encoded_feature);
+  out.set(SF_NAME("codes"), viewer.values(tensor));
+  out.set(SF_NAME("scales"), viewer.scales(tensor));
+  out.set(SF_NAME("dtype"), py::object(dtypes[dtype_text(tensor.dtype)]));
+  return out.take();
+}
+
+// What a Prompt checks when it is made is what a valid ref says of its tensors.
+py::object stored_sample(const py::object& extent, const py::object& ref,
+                         const py::object& from_dlpack) {
+  const auto num_tokens = integer(ref.attr(SF_NAME("num_tokens")));
+  Viewer viewer(extent, from_dlpack);
+  Record prompt(records().prompt);
+  py::dict features;
+  int num_prompt_tensors = 0;
+  for (const py::handle from : py::tuple(ref.attr(SF_NAME("tensors")))) {
+    const RefTensor tensor = viewer.take(from, num_tokens.value_or(-1));
+    const py::object name = from.attr(SF_NAME("name"));
+    if (tensor.name == "input_ids" || tensor.name == "loss_mask") {
+      prompt.set(name, viewer.values(tensor));
+      ++num_prompt_tensors;
+    } else {
+      features[name] = tensor.encoded() ? encoded_feature(viewer, tensor) : viewer.values(tensor);
+    }
+  }
+  if (num_prompt_tensors != 2)
+    throw ArgumentError("tensors: must have input_ids and loss_mask once, got " +
+                        std::to_string(num_prompt_tensors) + " of them");
+  prompt.set(SF_NAME("sample_id"), py::object(ref.attr(SF_NAME("sample_id"))));
+  Record out(records().stored_sample);
+  out.set(SF_NAME("prompt"), prompt.take());
+  out.set(SF_NAME("features"), py::object(std::move(features)));
+  return out.take();
 }
 
 #undef SF_NAME
@@ -307,10 +372,11 @@ void bind_ref(py::module_& m) {
   m.def("ref_to_bytes", &to_bytes, py::arg("ref"), "None where ref_is_valid says False.");
   m.def("ref_from_bytes", &from_bytes, py::arg("data"),
         "A SampleRef; None for other bytes than ref_to_bytes makes.");
-  m.def("tensor_views", &views, py::arg("extent"), py::arg("tensors"),
-        "Of a buffer, a DLPack capsule for each of a ref's tensors; for an encoded one two, its "
-        "codes "
-        "and its scales. Each keeps the buffer. ValueError for what does not lie within it.");
+  m.def("tensor_views", &views, py::arg("extent"), py::arg("tensors"), py::arg("from_dlpack"),
+        "Of a buffer, a tensor for each of a ref's; for an encoded one two, its codes and its "
+        "scales. Each keeps the buffer. ValueError for what does not lie within it.");
+  m.def("stored_sample", &stored_sample, py::arg("extent"), py::arg("ref"), py::arg("from_dlpack"),
+        "A StoredSample of such views. ValueError as above, and for tensors of no valid ref.");
 }
 
 }  // namespace sf

@@ -288,7 +288,9 @@ def lease(extent: Extent, ref: SampleRef, *, verify: bool) -> SampleLease:
 def find_fault(extent: Extent, ref: SampleRef, *, verify: bool) -> str | None:
     if extent.nbytes != ref.nbytes:
         return f"wanted {ref.nbytes} bytes, the store holds {extent.nbytes}"
-    return next(filter(None, (_bad_sum(extent, t) for t in ref.tensors if verify)), None)
+    if not verify:
+        return None
+    return next(filter(None, (_bad_sum(extent, t) for t in ref.tensors)), None)
 
 
 def _bad_sum(extent: Extent, tensor: TensorRef) -> str | None:
@@ -311,16 +313,23 @@ def views(extent: object, ref: SampleRef) -> dict[str, Tensor]:
 
 def stored_sample(extent: object, ref: SampleRef) -> StoredSample:
     """Views of all that a sample holds; of a TensorExtent, the prompt is a copy on the CPU."""
+    if isinstance(extent, TensorExtent):
+        return _sample_of_slices(extent.whole, ref)
+    sample: StoredSample = _C.stored_sample(extent, ref, from_dlpack)
+    return sample
+
+
+def _sample_of_slices(whole: Tensor, ref: SampleRef) -> StoredSample:
     prompt: dict[str, Tensor] = {}
     features: dict[str, Tensor | EncodedFeature] = {}
-    tensors = iter(_views(extent, ref.tensors))
     for t in ref.tensors:
-        if t.encoding != "none":
-            features[t.name] = EncodedFeature(next(tensors), next(tensors), DTYPES[t.dtype])
+        values, *scales = _slices(whole, t)
+        if t.name in PROMPT_NAMES:
+            prompt[t.name] = values.to("cpu", copy=True)
+        elif scales:
+            features[t.name] = EncodedFeature(values, *scales, DTYPES[t.dtype])
         else:
-            (prompt if t.name in PROMPT_NAMES else features)[t.name] = next(tensors)
-    if isinstance(extent, TensorExtent):
-        prompt = {name: tensor.to("cpu", copy=True) for name, tensor in prompt.items()}
+            features[t.name] = values
     return StoredSample(Prompt(ref.sample_id, **prompt), features)
 
 
@@ -328,7 +337,7 @@ def _views(extent: object, refs: tuple[TensorRef, ...]) -> list[Tensor]:
     """Of each tensor; of one that is encoded two, its codes and its scales."""
     if isinstance(extent, TensorExtent):
         return [view for ref in refs for view in _slices(extent.whole, ref)]
-    return [from_dlpack(capsule) for capsule in _C.tensor_views(extent, refs)]
+    return _C.tensor_views(extent, refs, from_dlpack)
 
 
 def _slices(whole: Tensor, ref: TensorRef) -> list[Tensor]:
