@@ -75,16 +75,6 @@ bool scales_fit(const RefTensor& tensor) {
          !__builtin_mul_overflow(4 * tensor.num_scales, tensor.shape[0], &nbytes);
 }
 
-bool names_fit(const std::vector<RefTensor>& tensors) {
-  std::vector<std::string_view> names;
-  names.reserve(tensors.size());
-  for (const RefTensor& tensor : tensors) names.push_back(tensor.name);
-  std::sort(names.begin(), names.end());
-  return std::adjacent_find(names.begin(), names.end()) == names.end() &&
-         std::binary_search(names.begin(), names.end(), "input_ids") &&
-         std::binary_search(names.begin(), names.end(), "loss_mask");
-}
-
 bool ranges_fit(std::vector<Range>* ranges, int64_t available) {
   std::sort(ranges->begin(), ranges->end());
   int64_t end = 0;
@@ -211,6 +201,16 @@ bool ref_tensor_is_valid(const RefTensor& tensor, int64_t num_tokens) {
          scales_fit(tensor);
 }
 
+bool ref_names_fit(const std::vector<RefTensor>& tensors) {
+  std::vector<std::string_view> names;
+  names.reserve(tensors.size());
+  for (const RefTensor& tensor : tensors) names.push_back(tensor.name);
+  std::sort(names.begin(), names.end());
+  return std::adjacent_find(names.begin(), names.end()) == names.end() &&
+         std::binary_search(names.begin(), names.end(), "input_ids") &&
+         std::binary_search(names.begin(), names.end(), "loss_mask");
+}
+
 bool ref_is_valid(const Ref& ref) {
   if (!is_text(ref.sample_id, 512) || !is_text(ref.store, 128) || !is_text(ref.layout_hash, 64) ||
       !within(ref.slot, 0, kMaxU32) || !within(ref.generation, 1, kMaxGeneration) ||
@@ -223,7 +223,7 @@ bool ref_is_valid(const Ref& ref) {
     ranges.push_back({tensor.offset, tensor.nbytes});
     if (tensor.encoded()) ranges.push_back({tensor.scales_offset, tensor.scales_nbytes()});
   }
-  return names_fit(ref.tensors) && ranges_fit(&ranges, ref.nbytes);
+  return ref_names_fit(ref.tensors) && ranges_fit(&ranges, ref.nbytes);
 }
 
 std::string ref_to_bytes(const Ref& ref) {

@@ -66,6 +66,9 @@ struct Ref {
 // values may come; nothing here overflows.
 bool ref_tensor_is_valid(const RefTensor& tensor, int64_t num_tokens);
 
+// Whether each is there once, and a prompt's two among them.
+bool ref_names_fit(const std::vector<RefTensor>& tensors);
+
 // Whether it can be true of a store. As above.
 bool ref_is_valid(const Ref& ref);
 

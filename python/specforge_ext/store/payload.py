@@ -65,20 +65,20 @@ class TensorExtent:
 class SampleLease:
     """Ends when `release` was called (or the lease dropped) and no view of it lives any more."""
 
-    def __init__(self, extent: Extent, ref: SampleRef) -> None:
-        self._sample_id = ref.sample_id
-        # A sample without a single byte has no view that would keep the extent.
-        self._held: tuple[Extent, StoredSample] | None = (extent, stored_sample(extent, ref))
+    def __init__(self, sample: StoredSample) -> None:
+        """sample: of views that keep what they show."""
+        self._sample_id = sample.prompt.sample_id
+        self._sample: StoredSample | None = sample
 
     @property
     def sample(self) -> StoredSample:
-        if self._held is None:
+        if self._sample is None:
             raise StoreError(f"lease of sample {self._sample_id!r}: wanted before its release")
-        return self._held[1]
+        return self._sample
 
     def release(self) -> None:
         """May be called more than once."""
-        self._held = None
+        self._sample = None
 
     def __enter__(self) -> Self:
         return self
@@ -282,7 +282,7 @@ def lease(extent: Extent, ref: SampleRef, *, verify: bool) -> SampleLease:
     if fault is not None:
         del extent  # else it would live as long as the error's traceback
         raise CorruptFeature(f"sample {ref.sample_id!r}: {fault}")
-    return SampleLease(extent, ref)
+    return SampleLease(stored_sample(extent, ref))
 
 
 def find_fault(extent: Extent, ref: SampleRef, *, verify: bool) -> str | None:
