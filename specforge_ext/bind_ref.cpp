@@ -68,8 +68,7 @@ py::object from_bytes(const py::bytes& data) {
 
 void bind_ref(py::module_& m) {
   m.def("ref_is_valid", &is_valid, py::arg("ref"),
-        "False also for texts that are not ASCII, and for values of subclasses of int, str and "
-        "tuple. AttributeError for no ref.");
+        "False also for texts beyond ASCII and values of subclasses. AttributeError for no ref.");
   m.def("ref_to_bytes", &to_bytes, py::arg("ref"), "None where ref_is_valid says False.");
   m.def("ref_from_bytes", &from_bytes, py::arg("data"),
         "A SampleRef; None for other bytes than ref_to_bytes makes.");

@@ -98,11 +98,12 @@ std::vector<RefTensor> take_tensors(Taker* taker, const py::tuple& tensors) {
   return out;
 }
 
-py::list tensor_views(const py::object& extent, const py::tuple& tensors,
-                      const py::object& from_dlpack) {
+py::typing::List<py::object> tensor_views(
+    const py::object& extent, const py::typing::Tuple<py::object, py::ellipsis>& tensors,
+    const py::object& from_dlpack) {
   Taker taker;
   const Views views(std::make_shared<Buffer>(extent), from_dlpack);
-  py::list out;
+  py::typing::List<py::object> out;
   for (const RefTensor& tensor : take_tensors(&taker, tensors)) {
     out.append(views.values(tensor));
     if (tensor.encoded()) out.append(views.scales(tensor));
@@ -168,10 +169,9 @@ py::object open_sample(Consumer& self, const py::object& ref, std::string_view s
 void bind_views(py::module_& m) {
   m.def("tensor_views", &tensor_views, py::arg("extent"), py::arg("tensors"),
         py::arg("from_dlpack"),
-        "Of a buffer, a tensor for each of a ref's; for an encoded one two, its codes and its "
-        "scales. Each keeps the buffer. ValueError for what does not lie within it.");
+        "Views of a buffer, for each of a ref's tensors; codes, then scales of encoded ones.");
   m.def("stored_sample", &stored_sample, py::arg("extent"), py::arg("ref"), py::arg("from_dlpack"),
-        "A StoredSample of such views. ValueError as above, and for tensors of no valid ref.");
+        "A StoredSample of such views. ValueError for what does not lie in the buffer.");
 }
 
 }  // namespace sf

@@ -323,13 +323,13 @@ def _sample_of_slices(whole: Tensor, ref: SampleRef) -> StoredSample:
     prompt: dict[str, Tensor] = {}
     features: dict[str, Tensor | EncodedFeature] = {}
     for t in ref.tensors:
-        values, *scales = _slices(whole, t)
+        values = _slices(whole, t)
         if t.name in PROMPT_NAMES:
-            prompt[t.name] = values.to("cpu", copy=True)
-        elif scales:
-            features[t.name] = EncodedFeature(values, *scales, DTYPES[t.dtype])
+            prompt[t.name] = values[0].to("cpu", copy=True)
+        elif t.encoding != "none":
+            features[t.name] = EncodedFeature(values[0], values[1], DTYPES[t.dtype])
         else:
-            features[t.name] = values
+            features[t.name] = values[0]
     return StoredSample(Prompt(ref.sample_id, **prompt), features)
 
 
@@ -337,7 +337,8 @@ def _views(extent: object, refs: tuple[TensorRef, ...]) -> list[Tensor]:
     """Of each tensor; of one that is encoded two, its codes and its scales."""
     if isinstance(extent, TensorExtent):
         return [view for ref in refs for view in _slices(extent.whole, ref)]
-    return _C.tensor_views(extent, refs, from_dlpack)
+    tensors: list[Tensor] = _C.tensor_views(extent, refs, from_dlpack)
+    return tensors
 
 
 def _slices(whole: Tensor, ref: TensorRef) -> list[Tensor]:
@@ -349,4 +350,5 @@ def _slices(whole: Tensor, ref: TensorRef) -> list[Tensor]:
 
 
 def _encoded_view(extent: object, ref: TensorRef) -> EncodedFeature:
-    return EncodedFeature(*_views(extent, (ref,)), DTYPES[ref.dtype])
+    codes, scales = _views(extent, (ref,))
+    return EncodedFeature(codes, scales, DTYPES[ref.dtype])
