@@ -26,7 +26,7 @@ from torch import Tensor
 
 from common import BenchScript, Report, Timing, time_interleaved
 from specforge_ext import _C, ops
-from specforge_ext.ops import reference_wire as reference
+from specforge_ext.ops.reference import wire as reference
 
 LAYERS, WIDTH = 3, 4096
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-EMULATOR = CSRC / "emu" / "emu.cpp"
+EMULATOR = [CSRC / "emu" / f"{name}.cpp" for name in ("fibers", "grid", "collectives")]
 BUILD = ROOT / "build" / "emu"
 BUILD_TIMEOUT_S = 300
 RUN_TIMEOUT_S = 120
@@ -107,9 +107,9 @@ def _op_sources() -> list[Path]:
 
 @functools.cache
 def program(sanitizer: str) -> Path:
-    """The executable of sanitized_main.cpp. Only the emulator's own file is left uninstrumented."""
+    """The executable of sanitized_main.cpp. The emulator's own files are left uninstrumented."""
     flags, defines = _SANITIZERS[sanitizer]
-    machine = _objects(sanitizer, tuple(f"-D{name}" for name in defines), [EMULATOR])
+    machine = _objects(sanitizer, tuple(f"-D{name}" for name in defines), EMULATOR)
     sources = [*_op_sources(), CSRC / "emu" / "sanitized_main.cpp"]
     return _build(
         flags, [*_objects(sanitizer, flags, sources), *machine], BUILD / f"main-{sanitizer}"
@@ -124,7 +124,7 @@ def run_program(sanitizer: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    sources = [*_op_sources(), EMULATOR, CSRC / "emu" / "ops_abi.cpp"]
+    sources = [*_op_sources(), *EMULATOR, CSRC / "emu" / "ops_abi.cpp"]
     objects = _objects("plain", ("-fPIC",), sources)
     loaded = ctypes.CDLL(str(_build(("-shared",), objects, BUILD / "ops.so")))
     for name in (*OPS, "planted"):

@@ -1,6 +1,6 @@
 """The losses of csrc/loss/loss_rows.h from their formulas, in float64; gradients by autograd.
 
-Written for the CUDA tests apart from ops/reference.py, so that one can be checked by the other.
+Written for the CUDA tests apart from ops/reference, so that one can be checked by the other.
 Legend: N rows, R teacher rows, V vocabulary (the draft's), U the teacher's columns, U >= V.
 """
 

@@ -217,7 +217,7 @@ def test_another_draft_is_a_type_error() -> None:
         lambda other: method.export(other, weights.spec, dtype=torch.float32),
     ]
     for call in calls:
-        with pytest.raises(TypeError, match="dflash: wanted a DFlashDraft, got Linear"):
+        with pytest.raises(TypeError, match="dflash: wanted DFlashDraft, got Linear"):
             call(torch.nn.Linear(2, 2))
 
 

@@ -142,7 +142,7 @@ def test_another_draft_is_a_type_error() -> None:
         lambda other: method.export(other, weights.spec, dtype=torch.float32),
     ]
     for call in calls:
-        with pytest.raises(TypeError, match="domino: wanted a DominoDraft, got Linear"):
+        with pytest.raises(TypeError, match="domino: wanted DominoDraft, got Linear"):
             call(torch.nn.Linear(2, 2))
 
 

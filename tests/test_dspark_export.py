@@ -166,7 +166,7 @@ def test_restore_refuses(change: dict[str, object], message: str) -> None:
 
 def test_another_draft_is_a_type_error() -> None:
     method, _, _ = cases.build()
-    with pytest.raises(TypeError, match="dspark: wanted a DSparkDraft, got Linear"):
+    with pytest.raises(TypeError, match="dspark: wanted DSparkDraft, got Linear"):
         method.drafter(torch.nn.Linear(2, 2))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import eagle3_cases as cases
-from specforge_ext.methods.eagle3.drafter import Eagle3Drafter
+from specforge_ext.methods._drafter import ChainDrafter
 from specforge_ext.methods.eagle3.model import Eagle3Draft
 from specforge_ext.records import PackedBatch, TargetWeights
 
@@ -21,7 +21,7 @@ def training_logits(
     return cases.dense_logits(parameters, draft, weights, sample)
 
 
-def observe(drafter: Eagle3Drafter, samples: list[PackedBatch], rows: list[range]) -> None:
+def observe(drafter: ChainDrafter, samples: list[PackedBatch], rows: list[range]) -> None:
     """One call; sequence b gets its rows[b], at the end of the columns, garbage in the others."""
     width = max(len(r) for r in rows)
     shape = (len(samples), width)

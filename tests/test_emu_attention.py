@@ -1,4 +1,4 @@
-"""The CUDA kernels of own_keys, run by the emulator, against ops/reference.py in float64.
+"""The CUDA kernels of own_keys, run by the emulator, against ops/reference in float64.
 
 Legend: n queries, n_j rows of step j, Hq / Hkv heads, D head dimension.
 """

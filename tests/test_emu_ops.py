@@ -1,4 +1,4 @@
-"""CUDA kernels, run by the emulator, against ops/reference.py in float64.
+"""CUDA kernels, run by the emulator, against ops/reference in float64.
 
 Legend: N rows, R teacher rows, V vocabulary, T packed tokens, L TTT steps.
 """

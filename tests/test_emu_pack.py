@@ -1,4 +1,4 @@
-"""The packed collate's CUDA kernel, run by the emulator, against ops/reference.py."""
+"""The packed collate's CUDA kernel, run by the emulator, against ops/reference."""
 
 from __future__ import annotations
 

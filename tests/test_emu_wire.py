@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/wire, run by the emulator, against ops/reference_wire.py: bit for bit.
+"""The CUDA kernels of csrc/wire, run by the emulator, against ops/reference/wire.py: bit for bit.
 
 The emulator runs the bit arithmetic; the hardware's e4m3 instruction needs a GPU (test_gpu below).
 Legend: N rows, W width.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import emulated
 from specforge_ext import _C, ops
-from specforge_ext.ops import reference_wire as reference
+from specforge_ext.ops.reference import wire as reference
 
 REASON = emulated.unavailable_reason()
 needs_emulator = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -420,6 +420,33 @@ def test_what_stands_in_invalid_columns_changes_nothing(engine: HfEngine) -> Non
     assert outs[0].logits.isfinite().all()
 
 
+@pytest.mark.parametrize("lean", [True, False])
+def test_selected_sequences_go_on_as_if_alone(model: Any, engine: HfEngine, lean: bool) -> None:
+    """Bit for bit, but for how matrix products of another number of rows round."""
+    target = wrap_model(model, name="tiny")
+
+    def decoder() -> Any:
+        return engine.decoder() if lean else HfDecoder(TransformersModel(target), target)
+
+    ids, columns = torch.randint(VOCAB, (4, 9)), torch.arange(9)
+    valid = columns < torch.tensor([[5], [6], [2], [6]])
+    rows = torch.tensor([0, 2])
+    some, alone = decoder(), decoder()
+    for one, chosen in ((some, slice(None)), (alone, rows)):
+        one.start(len(ids[chosen]), layout())
+        given = ids[chosen, :6], columns[:6].expand(4, -1)[chosen], valid[chosen, :6]
+        one.forward(*given)
+        one.drop(given[2] & (columns[:6] != 4))
+    some.select(rows)
+    places = torch.tensor([[4, 5, 6], [2, 3, 4]])
+    given = ids[rows, 6:], places, torch.ones(2, 3, dtype=torch.bool)
+    got, wanted = some.forward(*given), alone.forward(*given)
+    some.drop(given[2])
+    assert_near(got.logits, wanted.logits, 1e-6)
+    for name, feature in wanted.features.items():
+        assert_near(got.features[name], feature, 1e-6)
+
+
 def test_drop_of_more_columns_than_there_are() -> None:
     visible = Visibility(2, torch.device("cpu"))
     visible.append(torch.ones(2, 3, dtype=torch.bool))

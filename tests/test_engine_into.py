@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specforge_ext.copies import counting
+from specforge_ext.engines import feature_batches
 from specforge_ext.engines.capture import assemble, fill
 from specforge_ext.engines.hf import HfConfig, HfEngine
 from specforge_ext.engines.hf_model import wrap_model
@@ -148,6 +149,25 @@ def test_memory_that_is_not_to_be_had(engine: HfEngine) -> None:
 
     with pytest.raises(KeyError, match="0-0"):
         next(engine.features(prompts([3]), layout(), into=into))
+
+
+def test_the_device_that_was_given_is_waited_for_too(
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target on the CPU may write to a GPU, whose stream then has the copies."""
+    waited: list[set[str]] = []
+    monkeypatch.setattr(
+        feature_batches, "_finish_copies", lambda devices: waited.append({d.type for d in devices})
+    )
+
+    def into(prompt: Prompt) -> Mapping[str, Tensor]:
+        return {
+            s.name: torch.empty(len(prompt), s.width, dtype=DTYPES[s.dtype], device="meta")
+            for s in layout().features
+        }
+
+    next(engine.features(prompts([3]), layout(), into=into))
+    assert waited == [{"cpu", "meta"}]
 
 
 @pytest.mark.gpu

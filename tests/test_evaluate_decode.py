@@ -303,6 +303,10 @@ class Qwen3Target:
         for text, count in zip(self.texts, dropped, strict=True):
             del text[len(text) - count :]
 
+    def select(self, rows: Tensor) -> None:
+        self.texts = [self.texts[row] for row in rows.tolist()]
+        self.valid = self.valid[rows]
+
 
 def test_a_transformer_decodes_losslessly():
     target = Qwen3Target(seed=28)

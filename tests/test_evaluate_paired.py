@@ -90,6 +90,9 @@ def test_what_are_no_pairs(baseline: list[float], variant: list[float], message:
 
 
 def test_what_is_out_of_range() -> None:
+    for margin in (0.0, -2.0, float("nan")):
+        with pytest.raises(ValueError, match=f"margin must be above 0, got {margin}"):
+            equivalence([1.0, 2.0], [1.0, 2.0], margin=margin)
     with pytest.raises(ValueError, match=r"wanted p within 0\.\.1, got 1"):
         student_quantile(1.0, 3)
     with pytest.raises(ValueError, match="wanted 1 degree of freedom or more, got 0"):

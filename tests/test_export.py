@@ -50,6 +50,9 @@ class ToyDrafter:
         for column in range(valid.shape[1]):
             self.hidden = torch.where(valid[:, column, None], hidden[:, column], self.hidden)
 
+    def select(self, rows: Tensor) -> None:
+        self.hidden = self.hidden[rows]
+
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None
     ) -> Proposal:

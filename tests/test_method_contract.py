@@ -298,6 +298,37 @@ def test_rows_count_however_they_come(one: Subject) -> None:
     torch.testing.assert_close(probs(holed), probs(whole), rtol=1e-4, atol=1e-6)
 
 
+def test_selected_sequences_go_on_as_if_alone(one: Subject) -> None:
+    """Rows that come before and after the others left; looking ahead at once, and further on."""
+    draft, rows, chosen = one.draft(), observed(one, 5, 9), torch.tensor([1, 2, 4])
+    rows.valid[:, 5] = torch.tensor([True, False, True, True, False])
+    fewer = Observed(
+        rows.next_tokens[chosen],
+        {name: x[chosen] for name, x in rows.features.items()},
+        rows.positions[chosen],
+        rows.valid[chosen],
+    )
+    some, alone = one.method.drafter(draft), one.method.drafter(draft)
+    some.start(5, 9)
+    alone.start(3, 9)
+    show(some, rows, slice(0, 6))
+    show(alone, fewer, slice(0, 6))
+    some.select(chosen)
+    for columns in (slice(6, 7), slice(7, 9)):
+        got, wanted = (
+            drafter.propose(3, temperature=1.0, generator=torch.Generator().manual_seed(0))
+            for drafter in (some, alone)
+        )
+        assert torch.equal(got.tokens, wanted.tokens)
+        assert got.probs is not None and wanted.probs is not None
+        torch.testing.assert_close(got.probs, wanted.probs, rtol=1e-5, atol=1e-7)
+        show(some, fewer, columns)
+        show(alone, fewer, columns)
+    some.select(torch.tensor([2]))
+    last = alone.propose(3, temperature=0, generator=None).tokens[2:]
+    assert torch.equal(some.propose(3, temperature=0, generator=None).tokens, last)
+
+
 def test_drafter_refuses_what_it_cannot_do(one: Subject) -> None:
     drafter = one.method.drafter(one.draft())
     with pytest.raises(ValueError, match="drafter"):

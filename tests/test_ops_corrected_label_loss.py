@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -11,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ops_helpers import assert_no_worse
-from specforge_ext.ops import CorrectedLabelLoss, corrected_label_loss, label_loss, reference
-
-corrected = sys.modules["specforge_ext.ops.corrected_label_loss"]
-"""The module; the package has a function of the same name."""
+from specforge_ext.ops import (
+    CorrectedLabelLoss,
+    _two_heads,
+    corrected_label_loss,
+    label_loss,
+    reference,
+)
 
 Case = dict[str, Tensor]
 TRAINED = ("hidden_NH", "act_NE", "correction_VE")
@@ -123,13 +125,13 @@ def test_chunks_do_not_matter() -> None:
 def test_logits_stay_within_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """One buffer of logits, no larger than asked for, whatever the number of rows."""
     made: list[int] = []
-    empty_buffer = corrected.empty_buffer
+    empty_buffer = _two_heads.empty_buffer
 
     def counted(*args: Any) -> Tensor:
         made.append(empty_buffer(*args).nbytes)
         return empty_buffer(*args)
 
-    monkeypatch.setattr(corrected, "empty_buffer", counted)
+    monkeypatch.setattr(_two_heads, "empty_buffer", counted)
     workspace = 2 * 97 * 4 * 50
     for rows in (10, 500, 2000):
         run(case(rows, 97), base_share=0.5, workspace_bytes=workspace)
@@ -169,11 +171,14 @@ def test_compiles_and_passes_opcheck() -> None:
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(*leaves)
     torch.testing.assert_close(compiled, function(*leaves))
-    rest = (inputs["head_VH"], inputs["label_N"], inputs["weight_N"])
     torch.library.opcheck(
-        torch.ops.specforge_ext.corrected_label_loss.default,
-        (*leaves, *rest, 0.5, 4 * 13 * 4, True, True, True),
-    )
+        torch.ops.specforge_ext.two_head_loss.default,
+        (
+            *(*leaves, inputs["head_VH"]), *(None, None, inputs["label_N"]),
+            *(None, inputs["weight_N"]), *("hard_ce", 1.0, 0.5, 0.0), 0.5,
+            4 * 13 * 4, True, True, True,
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,10 @@ def test_compiles_and_passes_opcheck() -> None:
         ({"label_N": torch.zeros(4)}, r"label must be \[4\] int32, got \[4\] float32"),
         ({"weight_N": torch.zeros(4).double()}, r"weight must be \[4\] float32, got"),
         ({"base_share": 1.1}, r"base_share must be 0 to 1, got 1.1"),
-        ({"workspace_bytes": 71}, r"must hold two rows of logits, 72 bytes, got 71"),
+        (
+            {"workspace_bytes": 71},
+            r"corrected_label_loss: workspace_bytes must hold .* 72 bytes, got 71",
+        ),
         ({"label_N": torch.full((4,), 9, dtype=torch.int32)}, r"label"),
     ],
 )

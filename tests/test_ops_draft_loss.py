@@ -401,7 +401,7 @@ def test_draft_loss_names_what_does_not_fit(name: str, value: Tensor, match: str
 
 def test_a_workspace_too_small_is_refused() -> None:
     case = loss_case(6, 3, 33)
-    with pytest.raises(ValueError, match=r"must hold a student's row .* 264 bytes"):
+    with pytest.raises(ValueError, match=r"must hold the logits of a student's row .* 264 bytes"):
         ops.draft_loss(*case.inputs, **case.keywords, workspace_bytes=263)
     ops.draft_loss(*case.inputs, **case.keywords, workspace_bytes=264)
     with pytest.raises(ValueError, match="workspace_bytes must hold one row of logits, 132 bytes"):

@@ -216,10 +216,10 @@ def test_compiles_and_passes_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.specforge_ext.two_head_loss.default,
         (
-            *(x[name] for name in ("hidden", "head", "narrow", "narrow_head")),
+            *(x[name] for name in ("hidden", "narrow", "narrow_head", "head")),
             *(x[name] for name in ("teacher_hidden", "teacher_head", "label")),
             *(x[name] for name in ("row_to_teacher", "row_weight")),
-            "l1", 1.0, 0.5, 0.5, 8 * 13 * 4, True, True, True,
+            "l1", 1.0, 0.5, 0.5, None, 8 * 13 * 4, True, True, True,
         ),
     )  # fmt: skip
 

@@ -107,7 +107,7 @@ def test_drafter_errors_name_what_is_wrong() -> None:
         drafter.propose(1, temperature=0, generator=None)
     with pytest.raises(ValueError, match=r"temperature: wanted 0 or more, got -1"):
         drafter.propose(1, temperature=-1, generator=None)
-    with pytest.raises(ValueError, match=r"depth: wanted 0 to 5, .*num_depths.*, got 6"):
+    with pytest.raises(ValueError, match=r"depth: wanted 0..5 .*num_depths.*, got 6"):
         drafter.propose(6, temperature=0, generator=None)
 
 

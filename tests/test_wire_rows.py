@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext import _C, ops
-from specforge_ext.ops import reference_wire as reference
+from specforge_ext.ops.reference import wire as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = _C.available_isas()

@@ -45,6 +45,9 @@ class TableTarget:
     def drop(self, keep: Tensor) -> None:
         self.seen = self.seen - (self.last * ~keep).sum(1)
 
+    def select(self, rows: Tensor) -> None:
+        self.seen, self.last = self.seen[rows], self.last[rows]
+
     def greedy(self, prompt: Sequence[int], max_new: int, eos: Sequence[int] = ()) -> list[int]:
         """The definition: one token at a time, no cache, no batch."""
         text = list(prompt)
@@ -65,6 +68,7 @@ class TableDrafter:
     def start(self, num_sequences: int, capacity: int) -> None:
         self.capacity = capacity
         self.given = 0
+        self.here = list(range(num_sequences))
         self.rows: list[list[tuple[int, int, list[float]]]] = [[] for _ in range(num_sequences)]
         self.last = torch.zeros(num_sequences, dtype=torch.int64)
 
@@ -86,7 +90,11 @@ class TableDrafter:
         for b, column in valid.nonzero().tolist():
             feature = [float(x) for f in features.values() for x in f[b, column]]
             row = (int(positions[b, column]), int(next_tokens[b, column]), feature)
-            self.rows[b].append(row)
+            self.rows[self.here[b]].append(row)
+
+    def select(self, rows: Tensor) -> None:
+        self.here = [self.here[row] for row in rows.tolist()]
+        self.last = self.last[rows]
 
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None

@@ -313,9 +313,11 @@ class TargetSpec:
 class TargetWeights:
     """What methods take from the target, frozen, on the trainer's device.
 
-    spec: the target's shape. embed_tokens, lm_head: [V, H]. final_norm: [H].
+    spec: the target's shape. embed_tokens, lm_head: [V, H], may be one. final_norm: [H],
+    what the norm multiplies by (some targets store it less one).
     last_layer: state dict of the last decoder layer under its own names ("mlp.up_proj.weight"),
-    for warm starts; empty where it is not wanted.
+    its norms as factors too, for warm starts; empty where it is not wanted; may read a tensor when
+    it is asked for.
     checkpoint: the tensors of the target's files under their public names, those that the model has
     no place for too (multi-token prediction); may read a tensor when it is asked for.
     """

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specforge_ext.config import Config
+from specforge_ext.methods._common import as_draft
+from specforge_ext.methods._drafter import NewRows, check_room, check_seen, draw_tokens
+from specforge_ext.methods._export import Schema, count, load_parameters, parameters_of
 from specforge_ext.records import (
     DTYPE_NAMES,
     DraftCheckpoint,
@@ -78,15 +81,12 @@ class ToyMethod:
         return ()
 
     def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        assert isinstance(draft, ToyDraft)
-        return (draft.mix,)
+        return (as_draft(draft, ToyDraft, method="toy").mix,)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
-        ends = torch.tensor(batch.lengths).cumsum(0)[batch.positions.new_tensor(
-            [k for k, n in enumerate(batch.lengths) for _ in range(n)]
-        )]  # fmt: skip
-        rows = torch.arange(batch.num_tokens)
-        rows = rows[(rows + 2 < ends) & batch.loss_mask[(rows + 1).clamp_max(len(rows) - 1)].bool()]
+        lengths = torch.tensor(batch.lengths)
+        inside = batch.positions + 2 < lengths.repeat_interleave(lengths)
+        rows = (inside & batch.loss_mask.roll(-1).bool()).nonzero()[:, 0]
         logits = draft(batch.features["near"][rows], batch.input_ids[rows + 1])
         labels = batch.input_ids[rows + 2]
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -97,46 +97,38 @@ class ToyMethod:
         )
 
     def drafter(self, draft: nn.Module) -> ToyDrafter:
-        assert isinstance(draft, ToyDraft)
-        return ToyDrafter(draft)
+        return ToyDrafter(as_draft(draft, ToyDraft, method="toy"))
 
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:
-        assert isinstance(draft, ToyDraft)
-        tensors = {"mix.weight": draft.mix.weight.detach().to(dtype).clone()}
-        width = target.hidden_size
-        config = {"hidden_size": width, "scale": draft.scale, "torch_dtype": DTYPE_NAMES[dtype]}
-        return DraftCheckpoint(tensors, config)
+        config = {"hidden_size": target.hidden_size, "torch_dtype": DTYPE_NAMES[dtype]}
+        return DraftCheckpoint(parameters_of(draft, dtype), config)
 
     def engine_configs(
         self, config: Mapping[str, object], target: TargetSpec
     ) -> Mapping[str, Mapping[str, object]]:
         return {"": config}
 
-    def schema(
-        self, config: Mapping[str, object]
-    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        width = config["hidden_size"]
-        assert isinstance(width, int)
+    def schema(self, config: Mapping[str, object]) -> Schema:
+        width = count(config, "hidden_size")
         return {"mix.weight": ((width, width), None)}
 
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> ToyDraft:
         draft = ToyDraft(weights, self.config.scale)
-        draft.load_state_dict({name: t.float() for name, t in checkpoint.tensors.items()})
+        load_parameters(draft, checkpoint.tensors)
         return draft
 
 
 class ToyDrafter:
     def __init__(self, draft: ToyDraft) -> None:
         self.draft = draft
-        self.left = -1
+        self.start(1, 0)
 
     def start(self, num_sequences: int, capacity: int) -> None:
-        width = self.draft.mix.in_features
-        self.feature = torch.zeros(num_sequences, width)
+        self.feature = torch.zeros(num_sequences, self.draft.mix.in_features)
         self.token = torch.full((num_sequences,), -1)
-        self.left = capacity
+        self.num_columns, self.capacity = 0, capacity
 
     def observe(
         self,
@@ -145,27 +137,25 @@ class ToyDrafter:
         positions: Tensor,
         valid: Tensor,
     ) -> None:
-        self.left -= valid.shape[1]
-        if self.left < 0:
-            raise ValueError(f"toy drafter: wanted {-self.left} columns fewer")
-        for column in range(valid.shape[1]):
-            take = valid[:, column]
-            feature = features["near"][:, column].float()
-            self.feature = torch.where(take[:, None], feature, self.feature)
-            self.token = torch.where(take, next_tokens[:, column], self.token)
+        self.num_columns += valid.shape[1]
+        check_room("toy", capacity=self.capacity, num_columns=self.num_columns)
+        new = NewRows.of(next_tokens, positions, valid)
+        last = new.sequences[new.last], new.columns[new.last]
+        self.feature[last[0]] = features["near"][last].float()
+        self.token[last[0]] = new.tokens[new.last]
+
+    def select(self, rows: Tensor) -> None:
+        self.feature, self.token = self.feature[rows], self.token[rows]
 
     @torch.no_grad()
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None
     ) -> Proposal:
-        if self.left < 0 or bool((self.token < 0).any()):
-            raise ValueError("toy drafter: a sequence has no row")
+        check_seen("toy", (self.token >= 0)[:, None])
         token, tokens, probs = self.token, [], []
         for _ in range(depth):
             logits = self.draft(self.feature, token)
-            token = logits.argmax(-1)
-            if temperature > 0:
-                probs.append(torch.softmax(logits / temperature, -1))
-                token = torch.multinomial(probs[-1], 1, generator=generator)[:, 0]
+            token, drawn = draw_tokens(logits, temperature=temperature, generator=generator)
             tokens.append(token)
-        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1) if probs else None)
+            probs.append(drawn)
+        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1) if temperature else None)

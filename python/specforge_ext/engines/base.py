@@ -22,7 +22,8 @@ class TargetOutput:
 
 
 class TargetDecoder(Protocol):
-    """The target with a key/value cache, for decoding B sequences that advance unevenly.
+    """The target with a key/value cache, for decoding B sequences that advance unevenly. Tensors
+    that it is given may be on any device; those it gives are on its own.
 
     The cache is a list of columns. A column whose token was rejected stays, and is switched off
     for good by `drop`; attention never sees it again.
@@ -39,6 +40,10 @@ class TargetDecoder(Protocol):
 
     def drop(self, keep: Tensor) -> None:
         """keep: [B, n] bool over the columns of the last `forward`; the others are switched off."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences ([R] int64, ascending); the others are forgotten, B becomes R."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,14 +94,17 @@ def _forward(
             own = {i: stream[row, :length] for i, stream in streams.items()}
             fill(layout, own, last_hidden[row, :length], sample.features)
     finally:
-        _finish_copies(target.device)  # also when this failed: then the memory is somebody else's
+        given = {tensor.device for sample in samples for tensor in sample.features.values()}
+        _finish_copies(given | {target.device})  # also when this failed: it is somebody else's then
     return samples
 
 
-def _finish_copies(device: torch.device) -> None:
-    """Wait for copies to the host that the device's current stream has taken on."""
-    if device.type != "cuda":
-        return
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    event.synchronize()
+def _finish_copies(devices: Iterable[torch.device]) -> None:
+    """Wait for copies that the devices' current streams have taken on: from a GPU to the host, or
+    from a target on the CPU to a GPU.
+    """
+    for device in devices:
+        if device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            event.synchronize()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from torch import Tensor
 
 from specforge_ext.assets import demo_target_path
@@ -47,6 +48,13 @@ class HfConfig(Config):
     generate_batch_size: PositiveInt = 128
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
 
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"wanted auto, cpu or cuda[:index], got {device!r}")
+        return device
+
 
 class HfEngine:
     """An Engine (engines/base.py). Not for use by several threads at once."""
@@ -82,14 +90,34 @@ class HfEngine:
     def read_weights(
         cls, config: HfConfig, *, device: torch.device, last_layer: bool = False
     ) -> TargetWeights:
-        """`weights` of a target that is not kept: it is opened on the CPU, and let go.
+        """Of the files only what is asked for is read (`hf_weights.read_weights`), unless there are
+        no safetensors files: then the whole model is opened on the CPU, and let go. The last layer
+        is read tensor by tensor, each when it is asked for.
 
         Of device "meta" nothing is opened but its config.json (`hf_shape.read_shape`).
         """
+        path, dtype = _path(config.model), DTYPES[config.dtype]
         if device.type == "meta":
             from specforge_ext.engines.hf_shape import read_shape
 
-            return read_shape(_path(config.model), name=config.model, dtype=DTYPES[config.dtype])
+            return read_shape(path, name=config.model, dtype=dtype)
+        from specforge_ext.engines.hf_weights import read_weights
+
+        few = read_weights(
+            path,
+            name=config.model,
+            dtype=dtype,
+            device=device,
+            last_layer=last_layer,
+            local=config.model == DEMO,
+        )
+        if few is not None:
+            return few
+        log.warning(
+            "engine hf: %s has no safetensors files: each trainer opens the whole model to read "
+            "its embedding and head",
+            config.model,
+        )
         engine = cls.open(config.model_copy(update={"device": "cpu"}))
         return engine.weights(device=device, last_layer=last_layer)
 
@@ -105,14 +133,15 @@ class HfEngine:
 
     def weights(self, *, device: torch.device, last_layer: bool = False) -> TargetWeights:
         """In the model's dtype; on the model's own device they share its memory: read only."""
+        from specforge_ext.engines.hf_model import factor_of, layer_tensors
+
         target = self._target
-        state = target.layers[-1].state_dict() if last_layer else {}
         return TargetWeights(
             spec=self.spec,
             embed_tokens=target.embed_tokens.weight.detach().to(device),
             lm_head=target.lm_head.weight.detach().to(device),
-            final_norm=target.norm.weight.detach().to(device),
-            last_layer={name: tensor.to(device) for name, tensor in state.items()},
+            final_norm=factor_of(target.norm, target.norm.weight.detach()).to(device),
+            last_layer=layer_tensors(target.layers[-1], device) if last_layer else {},
             checkpoint=CheckpointTensors(_path(self._config.model)),
         )
 
@@ -246,6 +275,11 @@ class HfDecoder:
     def drop(self, keep: Tensor) -> None:
         self._visible.drop(keep.to(self._target.device))
 
+    def select(self, rows: Tensor) -> None:
+        rows = rows.to(self._target.device)
+        self._visible.select(rows)
+        self._model.select(rows)
+
 
 def _path(model: str) -> str:
     return str(demo_target_path()) if model == DEMO else model
@@ -254,10 +288,7 @@ def _path(model: str) -> str:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: wanted auto, cpu or cuda[:index], got {name!r}") from None
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted {name!r}, but torch finds no CUDA device")
     return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
@@ -58,19 +60,26 @@ def load_model(
     """Open a directory or a hub name. ValueError says what is missing or unfit."""
     check_path(path)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, attn_implementation=attention, local_files_only=local
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"model: wanted a directory or a hub name of a causal LM, got {path!r}: {error}"
         ) from error
     return wrap_model(model.to(device), name=name)
 
 
+def build_on_meta(config: Any, *, dtype: torch.dtype) -> Any:
+    """The model of a text config that transformers knows, its tensors sizes without values."""
+    factory: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return factory.from_config(config, dtype=dtype)
+
+
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """transformers' bar of loaded weights would break into the run's own display."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -100,12 +109,12 @@ def wrap_model(model: Any, *, name: str) -> TargetModel:
     config = model.config.get_text_config()
     base = model.base_model
     parts = TargetModel(
-        spec=spec_of(config, name=name, dtype=model.dtype, eos=_eos_ids(model)),
+        spec=spec_of(config, name=name, dtype=model.dtype, eos=eos_ids(model)),
         config=config,
         base=base,
         embed_tokens=model.get_input_embeddings(),
         layers=layers_of(base, config.num_hidden_layers, name),
-        norm=_final_norm(base, name),
+        norm=final_norm_of(base, name),
         lm_head=model.get_output_embeddings(),
     )
     _probe(model, parts)
@@ -140,6 +149,11 @@ def spec_of(config: Any, *, name: str, dtype: torch.dtype, eos: tuple[int, ...])
     )
 
 
+def is_tied(config: Any) -> bool:
+    """Whether the head is the embedding; not every architecture's config speaks of it."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def _need(config: Any, key: str, name: str) -> Any:
     value = getattr(config, key, None)
     if value is None:
@@ -170,7 +184,7 @@ def _partial_rotary(config: Any) -> float:
     return float(parameters.get("partial_rotary_factor") or own or 1.0)
 
 
-def _eos_ids(model: Any) -> tuple[int, ...]:
+def eos_ids(model: Any) -> tuple[int, ...]:
     """End tokens of the generation config, which may hold more than config.json's; ascending."""
     generation = model.generation_config
     eos = generation.eos_token_id if generation is not None else None
@@ -195,7 +209,7 @@ def layers_of(base: nn.Module, num_layers: int, name: str) -> Sequence[Any]:
     return list(lists[0])
 
 
-def _final_norm(base: nn.Module, name: str) -> nn.Module:
+def final_norm_of(base: nn.Module, name: str) -> nn.Module:
     """The norm after the last layer; a LayerNorm is refused, since drafts assume an RMSNorm."""
     norm = getattr(base, "norm", None)
     parameters = dict(norm.named_parameters()) if isinstance(norm, nn.Module) else {}
@@ -205,6 +219,32 @@ def _final_norm(base: nn.Module, name: str) -> nn.Module:
             f"got {type(norm).__name__} with parameters {sorted(parameters)}"
         )
     return norm
+
+
+@torch.no_grad()
+def factor_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """What an RMSNorm with this weight multiplies by, in the weight's dtype.
+
+    The weight itself, or 1 + weight where the architecture stores it so (Gemma, Qwen 3.5), which is
+    seen by what the norm makes of ones under weights of zero. weight: [H]. Other modules' tensors
+    come back as they are.
+    """
+    if not type(module).__name__.endswith("RMSNorm"):
+        return weight
+    tried = copy.deepcopy(module).to_empty(device="cpu").float()
+    assert isinstance(tried.weight, Tensor)
+    tried.weight.zero_()
+    if tried(torch.ones_like(tried.weight)[None]).any():
+        return (1 + weight.float()).to(weight.dtype)
+    return weight
+
+
+def layer_tensors(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """A layer's state dict on the device, its norms as factors."""
+    return {
+        name: factor_of(layer.get_submodule(name.rpartition(".")[0]), tensor).to(device)
+        for name, tensor in layer.state_dict().items()
+    }
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from specforge_ext.assets import target_config
-from specforge_ext.engines.hf_model import check_path, layers_of, spec_of
+from specforge_ext.engines.hf_model import build_on_meta, check_path, is_tied, layers_of, spec_of
 from specforge_ext.records import TargetWeights
 
 
@@ -25,11 +25,11 @@ def read_shape(path: str, *, name: str, dtype: torch.dtype) -> TargetWeights:
     """
     config = read_config(path)
     spec = spec_of(config, name=name, dtype=dtype, eos=_eos_ids(config))
-    embedding = (spec.vocab_size, spec.hidden_size)
+    embedding = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device="meta")
     return TargetWeights(
         spec=spec,
-        embed_tokens=torch.empty(embedding, dtype=dtype, device="meta"),
-        lm_head=torch.empty(embedding, dtype=dtype, device="meta"),
+        embed_tokens=embedding,
+        lm_head=embedding if is_tied(config) else torch.empty_like(embedding),
         final_norm=torch.empty(spec.hidden_size, dtype=dtype, device="meta"),
         last_layer=_last_layer(config, name=name, dtype=dtype),
     )
@@ -67,8 +67,6 @@ def _eos_ids(config: Any) -> tuple[int, ...]:
 def _last_layer(config: Any, *, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if not is_known(config):
         return {}
-    with torch.device("meta"):
-        factory: Any = AutoModelForCausalLM
-        model = factory.from_config(config, dtype=dtype)
+    model = build_on_meta(config, dtype=dtype)
     layer = layers_of(model.base_model, config.num_hidden_layers, name)[-1]
     return dict(layer.state_dict())

@@ -81,6 +81,9 @@ class BigramDrafter:
         said = next_tokens.gather(1, latest).squeeze(1)
         self._last_B = torch.where(valid.any(1), said, self._last_B)
 
+    def select(self, rows: Tensor) -> None:
+        self._last_B = self._last_B[rows]
+
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None
     ) -> Proposal:

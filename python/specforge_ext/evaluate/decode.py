@@ -16,16 +16,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from specforge_ext.engines.base import TargetDecoder
+from specforge_ext.evaluate.on_device import OnDevice
 from specforge_ext.evaluate.prefill import check_budget, prefill, waves
 from specforge_ext.evaluate.verify import Verdict, sample, verify
 from specforge_ext.methods.base import Drafter
 from specforge_ext.records import FeatureLayout
+
+LEAVE = 1.25
+"""The finished ones leave when there are this many sequences to one that goes on. Not at once: to
+forget them copies the caches of the others."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,20 @@ def evaluate(
 
     prompts: [S] int32 or int64 each, not empty. layout: the features that the drafter observes.
     max_new_tokens: budget of a sequence, prefill's token included. temperature 0 is greedy.
-    device: where target and drafter compute (default: CPU). batch_size: sequences decoded together.
+    device: where the drafter is (default: CPU); what the target says is brought there.
+    batch_size: sequences decoded together; once a fifth of them have ended, those leave.
     Raises ValueError for arguments out of range and for proposals that cannot be verified.
     """
     if depth < 1:
         raise ValueError(f"depth: wanted at least 1, got {depth}")
     check_budget(max_new_tokens, temperature)
     device = device or torch.device("cpu")
+    target = OnDevice(target, device)
     eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
     began = time.perf_counter()
     prefill_s = 0.0
-    done: list[_Wave] = []
+    done: list[_Counts] = []
     # Not inference_mode: what a model caches lazily here must stay usable in training.
     with torch.no_grad():
         for wave_prompts in waves(prompts, batch_size):
@@ -97,24 +104,58 @@ def evaluate(
             prefill_s += time.perf_counter() - wave_began
             while wave.running():
                 wave.step()
-            done.append(wave)
+            done.append(wave.finish())
     return EvalResult(
         depth=depth,
         temperature=temperature,
-        tokens=tuple(row for wave in done for row in wave.continuations()),
-        steps=torch.cat([wave.steps for wave in done]).cpu(),
-        rounds=torch.cat([wave.rounds for wave in done]).cpu(),
-        round_tokens=torch.cat([wave.round_tokens for wave in done]).cpu(),
-        accepted_at=torch.cat([wave.accepted_at for wave in done]).cpu(),
-        proposed=torch.cat([wave.proposed for wave in done]).cpu(),
+        tokens=tuple(row for counts in done for row in counts.continuations()),
+        steps=torch.cat([counts.steps for counts in done]).cpu(),
+        rounds=torch.cat([counts.rounds for counts in done]).cpu(),
+        round_tokens=torch.cat([counts.round_tokens for counts in done]).cpu(),
+        accepted_at=torch.cat([counts.accepted_at for counts in done]).cpu(),
+        proposed=torch.cat([counts.proposed for counts in done]).cpu(),
         wall_s=time.perf_counter() - began,
         prefill_s=prefill_s,
         batch_size=batch_size,
     )
 
 
+@dataclass
+class _Counts:
+    """What becomes of B sequences: output [B, budget], of which `produced` [B] are said, and the
+    counts of EvalResult.
+    """
+
+    output: Tensor
+    produced: Tensor
+    steps: Tensor
+    rounds: Tensor
+    round_tokens: Tensor
+    accepted_at: Tensor
+    proposed: Tensor
+
+    @classmethod
+    def zeros(cls, size: int, budget: int, depth: int, device: torch.device) -> _Counts:
+        shapes = ((size, budget), *[(size,)] * 4, (size, depth), (size,))
+        return cls(*(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes))
+
+    def select(self, rows: Tensor) -> _Counts:
+        return _Counts(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def put(self, rows: Tensor, counts: _Counts) -> None:
+        """Let those of `counts` be these rows'."""
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(counts, field.name)
+
+    def continuations(self) -> list[Tensor]:
+        output, produced = self.output.cpu(), self.produced.cpu()
+        return [row[:n].clone() for row, n in zip(output, produced.tolist(), strict=True)]
+
+
 class _Wave:
-    """B sequences that start together and advance unevenly; a finished one stays, switched off."""
+    """B sequences that start together and advance unevenly. A finished one stays, switched off,
+    until a fifth have finished; then they leave.
+    """
 
     def __init__(
         self,
@@ -148,21 +189,36 @@ class _Wave:
         self.drafter.start(size, capacity)
         self.drafter.observe(follows, read.features, read.positions, read.valid)
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
         self.eos = eos
         self.position = read.lengths  # of the last known token
-        self.output = zeros(size, self.max_new_tokens)
-        self.output[:, 0] = self.last
-        self.produced = zeros(size) + 1
-        self.active = (self.produced < self.max_new_tokens) & ~torch.isin(self.last, eos)
+        self.counts = _Counts.zeros(size, self.max_new_tokens, depth, device)
+        self.counts.output[:, 0] = self.last
+        self.counts.produced += 1
+        self.active = (self.counts.produced < self.max_new_tokens) & ~torch.isin(self.last, eos)
         self.columns = torch.arange(depth + 1, device=device)
-        self.steps, self.rounds, self.round_tokens = zeros(size), zeros(size), zeros(size)
-        self.accepted_at, self.proposed = zeros(size, depth), zeros(size)
+        self.rows = torch.arange(size, device=device)  # of the wave, those that are still here
+        self.all = self.counts
 
     def running(self) -> bool:
-        return bool(self.active.any())
+        """Whether a sequence goes on; of many that do not, the state is forgotten."""
+        num_active = int(self.active.sum())
+        if num_active and LEAVE * num_active <= len(self.active):
+            self._select(self.active.nonzero().squeeze(1))
+        return num_active > 0
+
+    def finish(self) -> _Counts:
+        """Of all sequences, in the order of the prompts."""
+        if self.all is not self.counts:
+            self.all.put(self.rows, self.counts)
+        return self.all
+
+    def _select(self, rows: Tensor) -> None:
+        self.all = self.finish()
+        self.counts = self.counts.select(rows)
+        self.target.select(rows)
+        self.drafter.select(rows)
+        self.rows, self.active = self.rows[rows], self.active[rows]
+        self.last, self.position = self.last[rows], self.position[rows]
 
     def step(self) -> None:
         """Draft, verify, forget what was rejected, show the rest to the draft."""
@@ -175,7 +231,7 @@ class _Wave:
             positions,
             self.active[:, None].expand_as(positions),
         )
-        self.proposed += proposal.proposed().sum(1) * self.active
+        self.counts.proposed += proposal.proposed().sum(1) * self.active
         verdict = verify(
             judged.logits, proposal, temperature=self.temperature, generator=self.generator
         )
@@ -188,7 +244,8 @@ class _Wave:
 
     def _account(self, verdict: Verdict, said: Tensor) -> None:
         """Count the step and move on. said: [B, K + 1]; token j follows column j <= accepted."""
-        room = self.max_new_tokens - self.produced
+        counts = self.counts
+        room = self.max_new_tokens - counts.produced
         ends = torch.isin(said, self.eos) & (self.columns <= verdict.accepted[:, None])
         ended = ends.any(1)
         first_end = torch.where(ended, ends.long().argmax(1), self.depth)
@@ -197,24 +254,21 @@ class _Wave:
         self._write(said, emitted)
 
         counted = self.active & (room > self.depth)
-        self.steps += self.active
-        self.rounds += counted
-        self.round_tokens += emitted * counted
+        counts.steps += self.active
+        counts.rounds += counted
+        counts.round_tokens += emitted * counted
         accepted = torch.minimum(verdict.accepted, emitted) * counted
-        self.accepted_at += self.columns[:-1] < accepted[:, None]
+        counts.accepted_at += self.columns[:-1] < accepted[:, None]
 
-        self.produced += emitted
+        counts.produced += emitted
         self.position = self.position + (verdict.accepted + 1) * self.active
         self.last = torch.where(self.active, verdict.next_tokens, self.last)
-        self.active = self.active & ~ended & (self.produced < self.max_new_tokens)
+        self.active = self.active & ~ended & (counts.produced < self.max_new_tokens)
 
     def _write(self, said: Tensor, emitted: Tensor) -> None:
         """Put each sequence's first `emitted` tokens behind those it has."""
-        offset = torch.arange(self.max_new_tokens, device=said.device) - self.produced[:, None]
+        counts = self.counts
+        offset = torch.arange(self.max_new_tokens, device=said.device) - counts.produced[:, None]
         fresh = (offset >= 0) & (offset < emitted[:, None])
         tokens = said.gather(1, offset.clamp(0, self.depth))
-        self.output = torch.where(fresh, tokens, self.output)
-
-    def continuations(self) -> list[Tensor]:
-        output, produced = self.output.cpu(), self.produced.cpu()
-        return [row[:n].clone() for row, n in zip(output, produced.tolist(), strict=True)]
+        counts.output = torch.where(fresh, tokens, counts.output)

@@ -37,7 +37,7 @@ def equivalence(
     """Two one-sided paired t-tests on the log ratios, at 5 %.
 
     baseline[i], variant[i]: positive, of the same pair. ValueError for fewer than two pairs, for
-    lists of unequal length, or values that are not positive.
+    lists of unequal length, values that are not positive, or such a margin.
     """
     if len(baseline) != len(variant) or len(baseline) < 2:
         raise ValueError(
@@ -45,6 +45,8 @@ def equivalence(
         )
     if min(*baseline, *variant) <= 0:
         raise ValueError(f"equivalence: wanted positive values, got {min(*baseline, *variant)}")
+    if not 0 < margin < math.inf:
+        raise ValueError(f"equivalence: margin must be above 0, got {margin}")
     logs = [math.log(b / a) for a, b in zip(baseline, variant, strict=True)]
     freedom = len(logs) - 1
     mean, spread = statistics.mean(logs), statistics.stdev(logs)

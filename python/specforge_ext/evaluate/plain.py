@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext.engines.base import TargetDecoder
+from specforge_ext.evaluate.on_device import OnDevice
 from specforge_ext.evaluate.prefill import Prefilled, check_budget, prefill, waves
 from specforge_ext.evaluate.verify import sample
 from specforge_ext.records import FeatureLayout
@@ -56,6 +57,7 @@ def plain_decode(
     """One token a pass, no draft, no features. Arguments as those of `evaluate`."""
     check_budget(max_new_tokens, temperature)
     device = device or torch.device("cpu")
+    target = OnDevice(target, device)
     eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
     began = time.perf_counter()

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specforge_ext.ops import draft_first_permutation, teacher_stats
-from specforge_ext.records import DraftVocab
+from specforge_ext.ops import DraftLoss, draft_first_permutation, teacher_stats
+from specforge_ext.records import DraftVocab, StepLoss
 
 
 class Teacher(NamedTuple):
@@ -28,6 +28,33 @@ class Teacher(NamedTuple):
     lse: Tensor
     mask: Tensor
     labelled: Tensor
+
+
+class ScoredSums(NamedTuple):
+    """loss: sums over rows. labelled: [L] float64, rows of each step or depth whose loss mask is 1,
+    wherever the target's first choice lies.
+    """
+
+    loss: DraftLoss
+    labelled: Tensor
+
+    def as_step(self, weight_sum: Tensor) -> StepLoss:
+        """Metrics [L]: loss, accepted (sums over `rows`), correct (over `scored`, the labelled
+        ones), rows, scored.
+        """
+        loss = self.loss
+        return StepLoss(
+            loss_sum=loss.loss_sum,
+            weight_sum=weight_sum,
+            metrics={
+                "loss": loss.step_loss,
+                "accepted": loss.step_accepted,
+                "correct": loss.step_correct,
+                "rows": loss.step_rows,
+                "scored": self.labelled,
+            },
+            ratios={"loss": "rows", "accepted": "rows", "correct": "scored"},
+        )
 
 
 @torch.no_grad()

@@ -115,5 +115,10 @@ def _pair_source(maps: TttMaps, num_tokens: int, compaction: bool) -> Tensor:
 
 def labelled_per_step(labelled: Tensor, lengths: Sequence[int], ttt_length: int) -> Tensor:
     """[L] float64, CPU: the rows t with labelled[t + i] in the same sample, of each step i."""
-    places = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])[labelled]
-    return (places[:, None] >= torch.arange(ttt_length)).sum(0).double()
+    inside = torch.cat([torch.arange(n) for n in lengths] or [torch.arange(0)])[labelled]
+    return (inside[:, None] >= torch.arange(ttt_length)).sum(0).double()
+
+
+def select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows of x [n, ...] by an index of `StepRows`, None for all."""
+    return x if rows is None else x.index_select(0, rows)

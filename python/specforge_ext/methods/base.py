@@ -50,6 +50,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences ([R] int64, ascending); the others are forgotten, B becomes R."""
+        ...
+
     def propose(
         self, depth: int, *, temperature: float, generator: torch.Generator | None
     ) -> Proposal:

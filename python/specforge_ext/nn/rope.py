@@ -98,6 +98,6 @@ def _llama3(inv_freq: Tensor, scaling: Mapping[str, object]) -> Tensor:
 
 def _number(scaling: Mapping[str, object], key: str) -> float:
     value = scaling.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"rope_scaling.{key}: wanted a positive number, got {value!r}")
     return float(value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specforge_ext.nn.layer import DraftLayer, LayerShape, Tables
+from specforge_ext.nn.layer import DraftLayer, Tables
 
 
 class StackCache:
@@ -22,11 +22,11 @@ class StackCache:
     used: [B, M] bool. num_columns of M are taken.
     """
 
-    def __init__(
-        self, stack: Sequence[DraftLayer], shape: LayerShape, num_sequences: int, capacity: int
-    ) -> None:
-        weight = stack[0].self_attn.k_proj.weight
-        size = (num_sequences, shape.num_kv_heads, capacity, shape.head_dim)
+    def __init__(self, stack: Sequence[DraftLayer], num_sequences: int, capacity: int) -> None:
+        """stack: layers of one shape."""
+        attention = stack[0].self_attn
+        weight = attention.k_proj.weight
+        size = (num_sequences, attention.num_kv_heads, capacity, attention.head_dim)
         self.stack = stack
         self.keys = [weight.new_zeros(size) for _ in stack]
         self.values = [weight.new_zeros(size) for _ in stack]
@@ -54,6 +54,12 @@ class StackCache:
                 wide[rows, columns] = query
                 attended = self._attend(i, wide.transpose(1, 2), self._causal(begin, end))
                 hidden = layer.finish(hidden, attended.transpose(1, 2)[rows, columns])
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, [R] int64."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.used = self.used[rows]
 
     def look_ahead(self) -> LookAhead:
         """From the last rows; it leaves no trace here."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specforge_ext import _C
+from specforge_ext.ops._ahead import gradient_buffer, made_ahead
 from specforge_ext.ops._chunks import Chunk, cut
 from specforge_ext.ops._matmul import (
     HeadGrad,
@@ -33,7 +34,7 @@ def plan_chunks(
     """Checks the values of row_to_teacher (one copy to the host), then cuts it."""
     if workspace_bytes < row_bytes + teacher_bytes:
         raise ValueError(
-            f"{op}: workspace_bytes must hold a student's row of logits and its teacher's, "
+            f"{op}: workspace_bytes must hold the logits of a student's row and of its teacher's, "
             f"{row_bytes + teacher_bytes} bytes, got {workspace_bytes}"
         )
     on_host = row_to_teacher.cpu()
@@ -179,9 +180,7 @@ def draft_loss_op(
         teacher_bytes=teacher.row_bytes,
         workspace_bytes=workspace_bytes,
     )
-    hidden_grad_NH = torch.empty_like(
-        hidden_NH if wants_hidden_grad else hidden_NH[:0], memory_format=torch.contiguous_format
-    )
+    hidden_grad_NH = gradient_buffer(hidden_NH, wanted=wants_hidden_grad)
     head_grad = HeadGrad(head_VH, num_chunks=len(chunks)) if wants_head_grad else None
     loss_N, accepted_N, top_prob_N, entropy_N = (
         hidden_NH.new_empty(num_rows, dtype=torch.float32) for _ in range(4)
@@ -265,40 +264,9 @@ def _(
     return (
         hidden_NH.new_empty((), dtype=torch.float32),
         hidden_NH.new_empty((7, num_steps), dtype=torch.float64),
-        hidden_NH.new_empty(hidden_NH.shape if wants_hidden_grad else (0, hidden_NH.shape[1])),
+        gradient_buffer(hidden_NH, wanted=wants_hidden_grad),
         head_VH.new_empty(head_VH.shape if wants_head_grad else (0,)),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wants, ctx.num_inputs = inputs[-2:], len(inputs)
-    ctx.save_for_backward(*output[2:])
-    # Or every backward would fill zeros of the size of the gradients, for outputs nobody uses.
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph: its result would lack the terms of this op
-        raise RuntimeError("draft_loss: second derivatives are not available (create_graph=True)")
-    grads: list[Tensor | None] = [None, None]
-    if grad_loss is not None:
-        for k, (saved, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wants, strict=True)):
-            grads[k] = scaled(saved, grad_loss) if wanted else None
-    return (*grads, *(None for _ in range(ctx.num_inputs - 2)))
-
-
-def scaled(saved: Tensor, grad_loss: Tensor) -> Tensor:
-    """saved * grad_loss, in the memory of `saved` where no later backward can want it.
-
-    The head's gradient is the largest tensor of a step: a copy costs page faults and memory. With
-    retain_graph, and while a compiler traces (a subclass of Tensor), it is a copy nevertheless.
-    """
-    keeps = torch._C._autograd._get_current_graph_task_keep_graph()
-    if keeps or type(grad_loss) is not Tensor:
-        return saved * grad_loss
-    if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-        return saved
-    return saved.mul_(grad_loss)
-
-
-draft_loss_op.register_autograd(_backward, setup_context=_save)
+made_ahead(draft_loss_op, name="draft_loss", num_gradients=2)

@@ -24,3 +24,15 @@ def check(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: t
             f"{op}: {name} must be {list(shape)} {wanted}, "
             f"got {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         )
+
+
+FLOATS = (torch.float32, torch.bfloat16)
+"""Of hidden states and heads."""
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Where autocast is on, in its dtype; all on one device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

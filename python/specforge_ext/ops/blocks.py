@@ -62,7 +62,7 @@ def block_mask_tensors(
 
     anchors: [A] int32, each inside its sample. cu_anchors, cu_seqlens: [N + 1] int32. On one
     device, CPU or CUDA. num_context: T. tile: queries and keys of a tile.
-    ValueError if one does not fit. Definition: csrc/pack/block_mask.h, ops/reference.py.
+    ValueError if one does not fit. Definition: csrc/pack/block_mask.h, ops/reference.
     """
     if window is not None and window < 1:
         raise ValueError(f"block_mask: window must be at least 1 or None, got {window}")

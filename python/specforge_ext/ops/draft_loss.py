@@ -17,10 +17,8 @@ from torch import Tensor
 
 from specforge_ext.ops._chunks import default_workspace_bytes
 from specforge_ext.ops._draft_loss import draft_loss_op
-from specforge_ext.ops._native import check
+from specforge_ext.ops._native import FLOATS, check, in_autocast_dtype
 from specforge_ext.ops.results import DraftLoss, KlSchedule, RowLoss
-
-_FLOATS = (torch.float32, torch.bfloat16)
 
 
 def draft_loss(
@@ -77,9 +75,7 @@ def draft_loss(
     workspace. Formulas and sources: csrc/loss/loss_rows.h.
     """
     spec = RowLoss(loss) if isinstance(loss, str) else loss
-    if torch.is_autocast_enabled(hidden_NH.device.type):
-        dtype = torch.get_autocast_dtype(hidden_NH.device.type)
-        hidden_NH, head_VH = hidden_NH.to(dtype), head_VH.to(dtype)
+    hidden_NH, head_VH = in_autocast_dtype(hidden_NH, head_VH)
     schedule = (kl_schedule, step_acceptance, step_kl_weight)
     _check_presence(
         spec,
@@ -167,13 +163,13 @@ class _Inputs:
             if tensor is not None:
                 check("draft_loss", name, tensor, shape, *dtypes)
 
-        fits("hidden", (num_rows, width), *_FLOATS)
+        fits("hidden", (num_rows, width), *FLOATS)
         fits("head", (vocab, width), self.hidden.dtype)
         if self.teacher_hidden is not None and self.teacher_head is not None:
             teacher_width = self.teacher_hidden.shape[-1]
             # More rows are fine, fewer are not.
             rows = max(vocab, self.teacher_head.shape[0])
-            fits("teacher_hidden", (num_teachers, teacher_width), *_FLOATS)
+            fits("teacher_hidden", (num_teachers, teacher_width), *FLOATS)
             fits("teacher_head", (rows, teacher_width), self.teacher_hidden.dtype)
         fits("teacher_lse", (num_teachers,), torch.float32)
         fits("teacher_argmax", (num_teachers,), torch.int32, torch.int64)

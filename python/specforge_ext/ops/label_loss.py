@@ -7,17 +7,16 @@ gradient is linear in its weight. Legend: N rows, H width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specforge_ext import _C
+from specforge_ext.ops._ahead import gradient_buffer, made_ahead
 from specforge_ext.ops._chunks import cut, default_workspace_bytes
 from specforge_ext.ops._matmul import empty_buffer, hidden_grad_into, logits_dtype, logits_into
-from specforge_ext.ops._native import check, stream_of
-
-_FLOATS = (torch.float32, torch.bfloat16)
+from specforge_ext.ops._native import FLOATS, check, in_autocast_dtype, stream_of
 
 
 class LabelLoss(NamedTuple):
@@ -39,11 +38,9 @@ def label_loss(
     logits that exist at a time, by default as in `draft_loss`. Deterministic, differentiable once.
     ValueError names what does not fit. Formulas: csrc/loss/loss_rows.h, kHardCe.
     """
-    if torch.is_autocast_enabled(hidden_NH.device.type):
-        dtype = torch.get_autocast_dtype(hidden_NH.device.type)
-        hidden_NH, head_VH = hidden_NH.to(dtype), head_VH.to(dtype)
+    hidden_NH, head_VH = in_autocast_dtype(hidden_NH, head_VH)
     num_rows, width = hidden_NH.shape[0], hidden_NH.shape[-1]
-    check("label_loss", "hidden", hidden_NH, (num_rows, width), *_FLOATS)
+    check("label_loss", "hidden", hidden_NH, (num_rows, width), *FLOATS)
     check("label_loss", "head", head_VH, (head_VH.shape[0], width), hidden_NH.dtype)
     check("label_loss", "label", label_N, (num_rows,), torch.int32)
     if workspace_bytes is None:
@@ -70,9 +67,7 @@ def _label_loss(
         )
     index_N = torch.arange(num_rows, dtype=torch.int32)
     chunks = cut(index_N, row_bytes=row_bytes, teacher_bytes=0, workspace_bytes=workspace_bytes)
-    grad_NH = torch.empty_like(
-        hidden_NH if wants_grad else hidden_NH[:0], memory_format=torch.contiguous_format
-    )
+    grad_NH = gradient_buffer(hidden_NH, wanted=wants_grad)
     loss_N = hidden_NH.new_empty(num_rows, dtype=torch.float32)
     correct_N = hidden_NH.new_empty(num_rows, dtype=torch.uint8)
     most_rows = max((chunk.num_rows for chunk in chunks), default=0)
@@ -119,21 +114,8 @@ def _(
     return (
         hidden_NH.new_empty(rows, dtype=torch.float32),
         hidden_NH.new_empty(rows, dtype=torch.uint8),
-        hidden_NH.new_empty(hidden_NH.shape if wants_grad else (0, hidden_NH.shape[1])),
+        gradient_buffer(hidden_NH, wanted=wants_grad),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph: its result would lack the terms of this op
-        raise RuntimeError("label_loss: second derivatives are not available (create_graph=True)")
-    (saved_NH,) = ctx.saved_tensors
-    grad = None if grad_N is None else saved_NH * grad_N[:, None].to(saved_NH.dtype)
-    return grad, None, None, None, None
-
-
-_label_loss.register_autograd(_backward, setup_context=_save)
+made_ahead(_label_loss, name="label_loss", num_gradients=1)

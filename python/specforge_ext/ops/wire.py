@@ -1,6 +1,6 @@
 """The wire encoding `fp8_e4m3_row`: e4m3 codes, one float32 scale per token and layer, one crc32c.
 
-Definition: csrc/wire/fp8_rows.h, and in plain torch `ops.reference_wire`.
+Definition: csrc/wire/fp8_rows.h, and in plain torch `ops.reference.wire`.
 Legend: T tokens, L layers, W width of a layer; N = T * L rows.
 """
 

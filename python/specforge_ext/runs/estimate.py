@@ -118,8 +118,8 @@ def step_work(
 
 
 def _kept_of(weights: TargetWeights) -> list[Tensor]:
-    fixed = [weights.embed_tokens, weights.lm_head, weights.final_norm]
-    return [*fixed, *weights.last_layer.values()]
+    """The last layer is read when a draft is built, and let go."""
+    return [weights.embed_tokens, weights.lm_head, weights.final_norm]
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

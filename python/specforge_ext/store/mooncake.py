@@ -63,7 +63,7 @@ def unavailable() -> str | None:
             importlib.import_module(name)
     except ImportError as error:
         return (
-            f"{error}; wanted pip install 'specforge_ext[mooncake]' and the libraries "
+            f"{error}; wanted pip install '.[mooncake]' in a checkout, and the libraries "
             "libibverbs1 libnuma1 libcurl4"
         )
     return None

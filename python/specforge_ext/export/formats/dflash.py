@@ -13,15 +13,14 @@ from torch import Tensor
 
 from specforge_ext.export.formats import settings, speculators
 from specforge_ext.export.formats.portable import (
-    OWN_KEY,
     Portable,
     Target,
     check_embedding_is_targets,
-    count,
     ids,
     mapping,
     wanted_target,
 )
+from specforge_ext.methods._export import OWN_KEY, count
 
 ARCHITECTURES = ("DFlashDraftModel",)
 SECTION = "dflash_config"

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from specforge_ext.export.formats import settings, speculators
 from specforge_ext.export.formats.portable import (
-    OWN_KEY,
     Portable,
     Target,
     check_embedding_is_targets,
-    count,
     embedding_to_add,
     ids,
     mapping,
     wanted_target,
 )
 from specforge_ext.export.formats.vocab import draft_vocab, whole_vocab
-from specforge_ext.methods.eagle3.config import engine_default_layer_ids
-from specforge_ext.methods.eagle3.export import EAGLE_KEY, FURTHER_NORM_NAMES, LAYER_IDS_KEY
+from specforge_ext.methods._export import OWN_KEY, count
+from specforge_ext.methods._fused.export import LAYER_IDS_KEY
+from specforge_ext.methods._fused.shape import engine_default_layer_ids
+from specforge_ext.methods.eagle3.export import EAGLE_KEY, FURTHER_NORM_NAMES
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 EMBEDDING = "embed_tokens.weight"

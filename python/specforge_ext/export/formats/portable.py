@@ -13,9 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specforge_ext.export.checkpoint import read_config
-
-OWN_KEY = "specforge_ext"
-"""Section of config.json that is ours; every loader skips it."""
+from specforge_ext.methods._export import count
 
 
 @dataclass(frozen=True)
@@ -150,13 +148,6 @@ def check_embedding_is_targets(draft: Portable, target: Target | None, *, form: 
             f"embed_tokens.weight: wanted the target's, which is what {form} takes, got another: "
             "the draft was trained with an embedding of its own"
         )
-
-
-def count(config: Mapping[str, object], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value <= 0:
-        raise ValueError(f"config.json {key}: wanted a positive count, got {value!r}")
-    return value
 
 
 def mapping(config: Mapping[str, object], key: str) -> Mapping[str, object]:

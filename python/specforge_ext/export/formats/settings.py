@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from specforge_ext.export.formats.portable import Target, count
+from specforge_ext.export.formats.portable import Target
+from specforge_ext.methods._export import count, number
 from specforge_ext.records import DTYPE_NAMES
 
 MEANS_NOTHING = frozenset({
@@ -56,9 +57,6 @@ def sizes(config: Mapping[str, object]) -> dict[str, object]:
     hidden, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
     kv_heads = heads if config.get("num_key_value_heads") is None else None
     head_dim = hidden // heads if config.get("head_dim") is None else None
-    eps = config.get("rms_norm_eps")
-    if not isinstance(eps, float) or eps <= 0:
-        raise ValueError(f"config.json rms_norm_eps: wanted a positive number, got {eps!r}")
     return {
         "vocab_size": count(config, "vocab_size"),
         "hidden_size": hidden,
@@ -67,7 +65,7 @@ def sizes(config: Mapping[str, object]) -> dict[str, object]:
         "num_key_value_heads": kv_heads or count(config, "num_key_value_heads"),
         "head_dim": head_dim or count(config, "head_dim"),
         "num_hidden_layers": count(config, "num_hidden_layers"),
-        "rms_norm_eps": eps,
+        "rms_norm_eps": number(config, "rms_norm_eps"),
         "max_position_embeddings": count(config, "max_position_embeddings"),
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_id": config.get("eos_token_id"),

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from specforge_ext.export.checkpoint import key_problems, read_config, read_tensors, value_problems
 from specforge_ext.export.formats import dflash, eagle3, settings, speculators
-from specforge_ext.export.formats.portable import OWN_KEY, Format, Portable, Target, mapping
+from specforge_ext.export.formats.portable import Format, Portable, Target, mapping
 from specforge_ext.methods import METHODS, Method
-from specforge_ext.methods.eagle3.export import EAGLE_KEY, LAYER_IDS_KEY
+from specforge_ext.methods._export import OWN_KEY
+from specforge_ext.methods._fused.export import LAYER_IDS_KEY
+from specforge_ext.methods.eagle3.export import EAGLE_KEY
 
 FORMATS = ("sglang", "vllm", "speculators", "specforge", "modelopt")
 TRAINING_STATE = "training_state.pt"

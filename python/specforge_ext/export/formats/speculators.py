@@ -9,13 +9,12 @@ from collections.abc import Mapping
 
 from specforge_ext.export.formats import settings
 from specforge_ext.export.formats.portable import (
-    OWN_KEY,
     Portable,
     Target,
-    count,
     mapping,
     wanted_target,
 )
+from specforge_ext.methods._export import OWN_KEY, count
 
 KIND = "speculators_model_type"
 LAYER = "transformer_layer_config"

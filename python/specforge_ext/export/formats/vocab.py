@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specforge_ext.export.formats.portable import Portable, count
+from specforge_ext.export.formats.portable import Portable
+from specforge_ext.methods._export import count
 
 
 def draft_vocab(

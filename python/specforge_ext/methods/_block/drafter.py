@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from specforge_ext.methods._block.config import FEATURE
 from specforge_ext.methods._block.model import BlockBackbone, BlockLayer
+from specforge_ext.methods._drafter import NewRows, check_room, check_seen
 
 
 @dataclass
@@ -84,25 +85,28 @@ class BlockDecoding:
         """
         cache, draft = self._started(), self.draft
         begin, end = cache.num_columns, cache.num_columns + valid.shape[1]
-        if end > cache.used.shape[1]:
-            raise ValueError(
-                f"{self.name} drafter: wanted at most {cache.used.shape[1]} columns, "
-                f"the capacity given to start, got {end}"
-            )
-        rows, columns = valid.nonzero(as_tuple=True)
-        places = positions[rows, columns]
-        context = draft.context(features[FEATURE][rows, columns])
-        tables = draft.rope.tables(places)
+        check_room(self.name, capacity=cache.used.shape[1], num_columns=end)
+        new = NewRows.of(next_tokens, positions, valid)
+        sequences, columns = new.sequences, begin + new.columns
+        context = draft.context(features[FEATURE][new.sequences, new.columns])
+        tables = draft.rope.tables(new.positions)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             new_keys, new_values = layer.self_attn.key_value(context, tables)
-            keys[rows, :, begin + columns] = new_keys.to(keys.dtype)
-            values[rows, :, begin + columns] = new_values.to(values.dtype)
+            keys[sequences, :, columns] = new_keys.to(keys.dtype)
+            values[sequences, :, columns] = new_values.to(values.dtype)
         cache.used[:, begin:end] = valid
-        cache.places[rows, begin + columns] = places
+        cache.places[sequences, columns] = new.positions
         cache.num_columns = end
-        last = rows != torch.cat((rows[1:], rows.new_full((1,), -1)))[: rows.numel()]
-        cache.token[rows[last]] = next_tokens[rows, columns][last]
-        cache.position[rows[last]] = places[last] + 1
+        cache.token[sequences[new.last]] = new.tokens[new.last]
+        cache.position[sequences[new.last]] = new.positions[new.last] + 1
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, [R] int64; the others are forgotten."""
+        cache = self._started()
+        cache.keys = [keys[rows] for keys in cache.keys]
+        cache.values = [values[rows] for values in cache.values]
+        cache.used, cache.places = cache.used[rows], cache.places[rows]
+        cache.token, cache.position = cache.token[rows], cache.position[rows]
 
     @property
     def last_tokens(self) -> Tensor:
@@ -116,11 +120,7 @@ class BlockDecoding:
         ValueError if a sequence has no row.
         """
         cache, draft = self._started(), self.draft
-        empty = (~cache.used.any(1)).nonzero()[:, 0].tolist()
-        if empty:
-            raise ValueError(
-                f"{self.name} drafter: sequences {empty} have no row to look ahead from"
-            )
+        check_seen(self.name, cache.used)
         size = draft.block_shape.block_size
         positions = cache.position[:, None] + torch.arange(size, device=cache.position.device)
         tables = draft.rope.tables(positions.flatten())
@@ -151,22 +151,6 @@ class BlockDecoding:
         if self._cache is None:
             raise ValueError(f"{self.name} drafter: wanted start() first")
         return self._cache
-
-
-def draw_tokens(
-    logits: Tensor, *, temperature: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens [...] of logits [..., V], and the float32 distributions behind them; None if greedy.
-
-    ValueError if the temperature is negative.
-    """
-    if temperature < 0:
-        raise ValueError(f"temperature: wanted 0 or more, got {temperature}")
-    if temperature == 0:
-        return logits.argmax(-1), None
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    flat = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
-    return flat.view(probs.shape[:-1]), probs
 
 
 def _visible(cache: _Cache, positions: Tensor, window: int | None) -> Tensor:

@@ -1,7 +1,6 @@
 """Checkpoints of block drafts as SGLang and vLLM load them: what all of them share.
 
-Tensors carry the parameters' own names, so writing and reading are one table. There is neither an
-embedding nor a head: engines take the target's.
+There is neither an embedding nor a head: engines take the target's.
 """
 
 from __future__ import annotations
@@ -9,27 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from specforge_ext.methods._block.config import BlockConfig, layer_ids
-from specforge_ext.methods._block.model import BlockBackbone, BlockShape
-from specforge_ext.nn.layer import LayerShape
+from specforge_ext.methods._block.model import BlockShape
+from specforge_ext.methods._export import (
+    OWN_KEY,
+    Schema,
+    Shapes,
+    check_target,
+    count,
+    free_dtype,
+    ids,
+    layer_tensors,
+    number,
+    stored_layer_shape,
+)
 from specforge_ext.records import DTYPE_NAMES, TargetSpec, TargetWeights
 
-OWN_KEY = "specforge_ext"
-"""Section of config.json that engines ignore."""
 _NOT_OURS = ("partial_rotary_factor", "rope_theta", "type")
 """RoPE parameters of targets that do not describe the draft: it turns all of a head."""
-
-Schema = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
-
-
-def tensors_of(draft: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The parameters under their own names, in dtype, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
-        for name, parameter in draft.named_parameters()
-    }
 
 
 def backbone_config(
@@ -99,31 +96,17 @@ def backbone_schema(config: Mapping[str, object]) -> Schema:
 
     ValueError names a key of the config that is missing or of the wrong kind.
     """
-    hidden, ffn = count(config, "hidden_size"), count(config, "intermediate_size")
-    head_dim = count(config, "head_dim")
-    q = head_dim * count(config, "num_attention_heads")
-    kv = head_dim * count(config, "num_key_value_heads")
-    shapes: dict[str, tuple[int, ...]] = {
+    layer = stored_layer_shape(config)
+    hidden = layer.hidden_size
+    shapes: Shapes = {
         "fc.weight": (hidden, hidden * len(output_ids(config))),
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
     }
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "self_attn.q_norm": (head_dim,),
-        "self_attn.k_norm": (head_dim,),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
+    tensors = layer_tensors(layer, qk_norm=True)
     for i in range(count(config, "num_hidden_layers")):
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return {name: (shape, None) for name, shape in shapes.items()}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in tensors.items()}
+    return free_dtype(shapes)
 
 
 def stored_shape(
@@ -135,13 +118,11 @@ def stored_shape(
     `config` asks for.
     """
     spec = weights.spec
-    for key, wanted in (("vocab_size", spec.vocab_size), ("hidden_size", spec.hidden_size)):
-        if count(stored, key) != wanted:
-            raise ValueError(f"config.json {key}: wanted the target's {wanted}, got {stored[key]}")
-    ids = tuple(i + 1 for i in output_ids(stored))
+    check_target(stored, spec)
+    layers = tuple(i + 1 for i in output_ids(stored))
     windows = _windows(stored)
     for key, ours, theirs in (
-        ("dflash_config.target_layer_ids + 1", layer_ids(config, spec), ids),
+        ("dflash_config.target_layer_ids + 1", layer_ids(config, spec), layers),
         ("block_size", config.block_size, count(stored, "block_size")),
         ("layer_types and sliding_window", config.windows, windows),
     ):
@@ -149,28 +130,15 @@ def stored_shape(
             raise ValueError(f"config.json {key}: wanted {ours}, got {theirs}")
     theta, scaling = _rope(stored)
     return BlockShape(
-        layer=LayerShape(
-            hidden_size=spec.hidden_size,
-            intermediate_size=count(stored, "intermediate_size"),
-            num_heads=count(stored, "num_attention_heads"),
-            num_kv_heads=count(stored, "num_key_value_heads"),
-            head_dim=count(stored, "head_dim"),
-            rms_norm_eps=number(stored, "rms_norm_eps"),
-        ),
+        layer=stored_layer_shape(stored),
         windows=windows,
-        features_width=spec.hidden_size * len(ids),
+        features_width=spec.hidden_size * len(layers),
         vocab_size=spec.vocab_size,
         block_size=config.block_size,
         mask_token_id=_mask_token_id(stored, spec.vocab_size),
         rope_theta=theta,
         rope_scaling=scaling,
     )
-
-
-def load_parameters(draft: BlockBackbone, tensors: Mapping[str, Tensor]) -> None:
-    """float32 parameters from tensors that have passed the schema."""
-    names = [name for name, _ in draft.named_parameters()]
-    draft.load_state_dict({name: tensors[name].float() for name in names})
 
 
 def method_section(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -182,27 +150,8 @@ def method_section(config: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def output_ids(config: Mapping[str, object]) -> tuple[int, ...]:
-    """0-based layer outputs that fc reads."""
-    ids = method_section(config).get("target_layer_ids")
-    if not isinstance(ids, (list, tuple)) or not ids or not all(type(i) is int for i in ids):
-        raise ValueError(
-            f"config.json dflash_config.target_layer_ids: wanted a list of ids, got {ids!r}"
-        )
-    return tuple(ids)
-
-
-def count(config: Mapping[str, object], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value <= 0:
-        raise ValueError(f"config.json {key}: wanted a positive count, got {value!r}")
-    return value
-
-
-def number(config: Mapping[str, object], key: str) -> float:
-    value = config.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"config.json {key}: wanted a positive number, got {value!r}")
-    return float(value)
+    """0-based layer outputs that fc reads. ValueError if they are missing."""
+    return ids(method_section(config), "target_layer_ids", section="dflash_config.")
 
 
 def _windows(config: Mapping[str, object]) -> tuple[int | None, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from specforge_ext.methods._block.config import BlockConfig
 from specforge_ext.methods._block.model import BlockBackbone
 from specforge_ext.records import TargetWeights
 
@@ -17,12 +18,25 @@ _SMALL_STD = 1e-3
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
+def init_block(
+    draft: BlockBackbone, config: BlockConfig, weights: TargetWeights, *, seed: int
+) -> None:
+    """As the config's `warm_start` says. The same seed gives the same weights. ValueError if the
+    target's last layer is to be copied and does not fit.
+    """
+    init_random(draft, seed=seed)
+    if config.warm_start == "target":
+        init_from_target(draft, weights)
+
+
 @torch.no_grad()
 def init_random(draft: nn.Module, *, seed: int) -> None:
-    """Matrices from N(0, 0.02), norms one. The same seed gives the same weights."""
+    """Matrices from N(0, 0.02), norms one, biases zero."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in draft.parameters():
-        if parameter.dim() == 1:
+    for name, parameter in draft.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         else:
             nn.init.normal_(parameter, std=_STD, generator=generator)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from specforge_ext.methods._block.config import BlockConfig, layer_ids, mask_token_id
 from specforge_ext.methods._block.plan import Blocks
+from specforge_ext.methods._common import layer_shape
 from specforge_ext.nn.block_attention import block_attention
 from specforge_ext.nn.block_plan import BlockPlan
 from specforge_ext.nn.layer import Attention, LayerShape, SwiGLU, Tables
@@ -47,14 +48,7 @@ class BlockShape:
         """What the config asks for on this target."""
         target = weights.spec
         return cls(
-            layer=LayerShape(
-                hidden_size=target.hidden_size,
-                intermediate_size=config.intermediate_size or target.intermediate_size,
-                num_heads=config.num_heads or target.num_heads,
-                num_kv_heads=config.num_kv_heads or target.num_kv_heads,
-                head_dim=config.head_dim or target.head_dim,
-                rms_norm_eps=target.rms_norm_eps,
-            ),
+            layer=layer_shape(config, target),
             windows=config.windows,
             features_width=target.hidden_size * len(layer_ids(config, target)),
             vocab_size=target.vocab_size,

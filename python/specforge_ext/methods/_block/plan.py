@@ -8,13 +8,13 @@ predicted rows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specforge_ext.methods._common import sample_keys
 from specforge_ext.nn.block_plan import BlockPlan, plan_blocks
 from specforge_ext.ops import draw_anchors
 from specforge_ext.records import PackedBatch, StepContext, lengths_to_cu_seqlens
@@ -66,22 +66,15 @@ class Blocks:
         return flat.view(self.supervised.shape)
 
 
-def sample_key(sample_id: str) -> int:
-    """64 bits of a sample's id, as a signed number: the same on every machine."""
-    digest = hashlib.blake2b(sample_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def draw(batch: PackedBatch, at: StepContext, *, num_anchors: int) -> Anchors:
     """Up to num_anchors a sample, uniform without replacement among the tokens that are scored and
     followed by a scored one, from (at.seed, at.step, sample id) alone.
     """
-    keys = [sample_key(name) for name in batch.sample_ids]
     places, bounds = draw_anchors(
         batch.loss_mask.cpu(),
         lengths_to_cu_seqlens(batch.lengths),
-        torch.tensor(keys, dtype=torch.int64),
+        sample_keys(batch.sample_ids),
         seed=at.seed,
         step=at.step,
         max_anchors=num_anchors,

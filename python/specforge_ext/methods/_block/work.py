@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from specforge_ext.methods._block.config import BlockConfig, layer_ids
+from specforge_ext.methods._common import layer_shape
 from specforge_ext.methods.base import StepWork
-from specforge_ext.nn.layer import LayerShape
 from specforge_ext.nn.saved import key_value_bytes, layer_bytes, norm_bytes, scored_bytes
 from specforge_ext.records import TargetSpec
 
@@ -37,16 +37,4 @@ def block_work(
         rows=rows,
         saved_bytes=of_layers + context + rows * scored_bytes(hidden, itemsize),
         logits_vocab=target.vocab_size,
-    )
-
-
-def layer_shape(config: BlockConfig, target: TargetSpec) -> LayerShape:
-    """Sizes that the config leaves out are the target's."""
-    return LayerShape(
-        hidden_size=target.hidden_size,
-        intermediate_size=config.intermediate_size or target.intermediate_size,
-        num_heads=config.num_heads or target.num_heads,
-        num_kv_heads=config.num_kv_heads or target.num_kv_heads,
-        head_dim=config.head_dim or target.head_dim,
-        rms_norm_eps=target.rms_norm_eps,
     )

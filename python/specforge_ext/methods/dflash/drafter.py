@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from specforge_ext.methods._block.drafter import BlockDecoding, draw_tokens
+from specforge_ext.methods._block.drafter import BlockDecoding
+from specforge_ext.methods._drafter import check_depth, draw_tokens
 from specforge_ext.methods.dflash.model import DFlashDraft
 from specforge_ext.records import Proposal
 
@@ -24,10 +25,7 @@ class DFlashDrafter(BlockDecoding):
         the temperature is negative.
         """
         most = self.draft.block_shape.block_size - 1
-        if not 0 <= depth <= most:
-            raise ValueError(
-                f"dflash drafter: depth: wanted 0..{most} (block_size - 1), got {depth}"
-            )
+        check_depth("dflash", depth, most=most, what="block_size - 1")
         logits = self.draft.logits(self.states()[:, 1 : depth + 1])
         tokens, probs = draw_tokens(logits, temperature=temperature, generator=generator)
         return Proposal(tokens, probs)

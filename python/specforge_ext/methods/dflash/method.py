@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from specforge_ext.methods._block import export
 from specforge_ext.methods._block.config import FEATURE, feature_layout
-from specforge_ext.methods._block.init import init_from_target, init_random
+from specforge_ext.methods._block.export import backbone_config, backbone_schema, stored_shape
+from specforge_ext.methods._block.init import init_block
+from specforge_ext.methods._block.method import BlockMethod
 from specforge_ext.methods._block.model import BlockShape
 from specforge_ext.methods._block.objective import (
     RATIOS,
@@ -19,6 +20,8 @@ from specforge_ext.methods._block.objective import (
 )
 from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
 from specforge_ext.methods._block.work import block_work
+from specforge_ext.methods._common import check_whole_vocab
+from specforge_ext.methods._export import load_parameters, parameters_of
 from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.dflash.config import DFlashConfig
 from specforge_ext.methods.dflash.drafter import DFlashDrafter
@@ -29,7 +32,6 @@ from specforge_ext.records import (
     DraftVocab,
     FeatureLayout,
     PackedBatch,
-    Prompt,
     StepContext,
     StepLoss,
     TargetSpec,
@@ -39,11 +41,12 @@ from specforge_ext.records import (
 ARCHITECTURE = "DFlashDraftModel"
 
 
-class DFlashMethod:
+class DFlashMethod(BlockMethod[DFlashDraft]):
     """DFlash (arXiv 2602.06036), with D-PACE (arXiv 2605.18810) as an option."""
 
     name = "dflash"
     Config = DFlashConfig
+    draft_type = DFlashDraft
 
     def __init__(self, config: DFlashConfig) -> None:
         self.config = config
@@ -54,28 +57,10 @@ class DFlashMethod:
 
     def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> DFlashDraft:
         """A draft with fresh weights. ValueError unless the vocabulary is the whole one."""
-        if not vocab.is_full or vocab.size != weights.spec.vocab_size:
-            raise ValueError(
-                f"dflash: wanted the target's whole vocabulary of {weights.spec.vocab_size} (its "
-                f"head is used), got {vocab.size} of {vocab.t2d.numel()}"
-            )
+        check_whole_vocab(vocab, weights.spec, method=self.name)
         draft = DFlashDraft(BlockShape.of(self.config, weights), weights)
-        init_random(draft, seed=seed)
-        if self.config.warm_start == "target":
-            init_from_target(draft, weights)
+        init_block(draft, self.config, weights, seed=seed)
         return draft.to(weights.embed_tokens.device)
-
-    def vocab(self, prompts: Iterable[Prompt], target: TargetSpec) -> DraftVocab:
-        """The whole one."""
-        return DraftVocab.full(target.vocab_size)
-
-    def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """The layers, each called once a micro-batch."""
-        return tuple(_as_dflash(draft).layers)
-
-    def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """The layers."""
-        return tuple(_as_dflash(draft).layers)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         """Metrics [block_size - 1]: see `_block.objective.slot_metrics`."""
@@ -98,14 +83,14 @@ class DFlashMethod:
         )
 
     def drafter(self, draft: nn.Module) -> DFlashDrafter:
-        return DFlashDrafter(_as_dflash(draft))
+        return DFlashDrafter(self._mine(draft))
 
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:
         """One checkpoint for every engine."""
-        draft = _as_dflash(draft)
-        config = export.backbone_config(
+        draft = self._mine(draft)
+        config = backbone_config(
             draft.block_shape,
             self.config,
             target,
@@ -113,7 +98,7 @@ class DFlashMethod:
             architecture=ARCHITECTURE,
             dtype=dtype,
         )
-        return DraftCheckpoint(export.tensors_of(draft, dtype), config)
+        return DraftCheckpoint(parameters_of(draft, dtype), config)
 
     def engine_configs(
         self, config: Mapping[str, object], target: TargetSpec
@@ -124,12 +109,12 @@ class DFlashMethod:
     def schema(
         self, config: Mapping[str, object]
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        return export.backbone_schema(config)
+        return backbone_schema(config)
 
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> DFlashDraft:
-        shape = export.stored_shape(checkpoint.config, weights, self.config)
+        shape = stored_shape(checkpoint.config, weights, self.config)
         draft = DFlashDraft(shape, weights)
-        export.load_parameters(draft, checkpoint.tensors)
+        load_parameters(draft, checkpoint.tensors)
         return draft.to(weights.embed_tokens.device)
 
     @property
@@ -163,9 +148,3 @@ class DFlashMethod:
             kind=config.dpace,
         )
         return weight.flatten().index_select(0, blocks.rows)
-
-
-def _as_dflash(draft: nn.Module) -> DFlashDraft:
-    if not isinstance(draft, DFlashDraft):
-        raise TypeError(f"dflash: wanted a DFlashDraft, got {type(draft).__name__}")
-    return draft

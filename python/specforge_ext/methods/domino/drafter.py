@@ -6,7 +6,8 @@ from typing import cast
 
 import torch
 
-from specforge_ext.methods._block.drafter import BlockDecoding, draw_tokens
+from specforge_ext.methods._block.drafter import BlockDecoding
+from specforge_ext.methods._drafter import check_depth, draw_tokens
 from specforge_ext.methods.domino.model import DominoDraft
 from specforge_ext.records import Proposal
 
@@ -31,10 +32,7 @@ class DominoDrafter(BlockDecoding):
         """
         draft, first = cast("DominoDraft", self.draft), self._first
         most = draft.block_shape.block_size - first
-        if not 0 <= depth <= most:
-            raise ValueError(
-                f"domino drafter: depth: wanted 0..{most} (slots that predict), got {depth}"
-            )
+        check_depth("domino", depth, most=most, what="slots that predict")
         hidden = self.states()[:, first : first + depth]
         logits, gru = draft.logits(hidden), draft.prefix_gru
         tokens = self.last_tokens.new_empty(hidden.shape[:2])

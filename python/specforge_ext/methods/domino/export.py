@@ -9,8 +9,20 @@ from collections.abc import Mapping
 
 import torch
 
-from specforge_ext.methods._block import export
-from specforge_ext.methods._block.export import Schema, count, method_section
+from specforge_ext.methods._block.export import (
+    backbone_config,
+    backbone_schema,
+    method_section,
+    stored_shape,
+)
+from specforge_ext.methods._export import (
+    Schema,
+    Shapes,
+    count,
+    free_dtype,
+    load_parameters,
+    parameters_of,
+)
 from specforge_ext.methods.domino.config import DominoConfig
 from specforge_ext.methods.domino.model import DominoDraft, DominoShape
 from specforge_ext.records import DraftCheckpoint, TargetSpec, TargetWeights
@@ -22,7 +34,8 @@ _SECTION = "dflash_config"
 def to_checkpoint(
     draft: DominoDraft, config: DominoConfig, target: TargetSpec, *, dtype: torch.dtype
 ) -> DraftCheckpoint:
-    stored = export.backbone_config(
+    """The parameters under their own names, in dtype, on the CPU."""
+    stored = backbone_config(
         draft.block_shape,
         config,
         target,
@@ -31,7 +44,7 @@ def to_checkpoint(
         dtype=dtype,
     )
     stored[_SECTION] = {**method_section(stored), **_asked(config), **vars(draft.own_shape)}
-    return DraftCheckpoint(export.tensors_of(draft, dtype), stored)
+    return DraftCheckpoint(parameters_of(draft, dtype), stored)
 
 
 def engine_configs(config: Mapping[str, object]) -> dict[str, dict[str, object]]:
@@ -47,13 +60,13 @@ def schema(config: Mapping[str, object]) -> Schema:
     own = _stored_own_shape(config)
     hidden, vocab = count(config, "hidden_size"), count(config, "vocab_size")
     state, width = own.gru_hidden_dim, own.emb_dim
-    shapes = {
+    shapes: Shapes = {
         "prefix_gru.weight_ih_l0": (3 * state, hidden),
         "prefix_gru.weight_hh_l0": (3 * state, state),
         "embed_proj.0.weight": (width, hidden + state),
         "embed_proj.2.weight": (vocab, width),
     }
-    return export.backbone_schema(config) | {name: (shape, None) for name, shape in shapes.items()}
+    return backbone_schema(config) | free_dtype(shapes)
 
 
 def from_checkpoint(
@@ -69,9 +82,9 @@ def from_checkpoint(
             raise ValueError(
                 f"config.json {_SECTION}.{key}: wanted {wanted!r}, got {section.get(key)!r}"
             )
-    shape = export.stored_shape(checkpoint.config, weights, config)
+    shape = stored_shape(checkpoint.config, weights, config)
     draft = DominoDraft(shape, _stored_own_shape(checkpoint.config), weights)
-    export.load_parameters(draft, checkpoint.tensors)
+    load_parameters(draft, checkpoint.tensors)
     return draft.to(weights.embed_tokens.device)
 
 
@@ -86,12 +99,5 @@ def _asked(config: DominoConfig) -> dict[str, object]:
 
 def _stored_own_shape(config: Mapping[str, object]) -> DominoShape:
     section = method_section(config)
-    sizes = {}
-    for key in ("gru_hidden_dim", "emb_dim"):
-        value = section.get(key)
-        if type(value) is not int or value <= 0:
-            raise ValueError(
-                f"config.json {_SECTION}.{key}: wanted a positive count, got {value!r}"
-            )
-        sizes[key] = value
-    return DominoShape(**sizes)
+    keys = ("gru_hidden_dim", "emb_dim")
+    return DominoShape(**{key: count(section, key, section=f"{_SECTION}.") for key in keys})

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from specforge_ext.methods._block.config import FEATURE, feature_layout
-from specforge_ext.methods._block.init import init_from_target, init_random
+from specforge_ext.methods._block.init import init_block
+from specforge_ext.methods._block.method import BlockMethod
 from specforge_ext.methods._block.model import BlockShape
 from specforge_ext.methods._block.objective import RATIOS, slot_metrics
 from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
 from specforge_ext.methods._block.work import block_work
+from specforge_ext.methods._common import check_whole_vocab
 from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.domino import export
 from specforge_ext.methods.domino.config import DominoConfig
@@ -26,7 +28,6 @@ from specforge_ext.records import (
     DraftVocab,
     FeatureLayout,
     PackedBatch,
-    Prompt,
     StepContext,
     StepLoss,
     TargetSpec,
@@ -37,11 +38,12 @@ EPSILON = 1e-6
 """What SpecForge adds to a micro-batch's sum of weights."""
 
 
-class DominoMethod:
+class DominoMethod(BlockMethod[DominoDraft]):
     """Domino (arXiv 2605.29707)."""
 
     name = "domino"
     Config = DominoConfig
+    draft_type = DominoDraft
 
     def __init__(self, config: DominoConfig) -> None:
         self.config = config
@@ -52,30 +54,12 @@ class DominoMethod:
 
     def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> DominoDraft:
         """A draft with fresh weights. ValueError unless the vocabulary is the whole one."""
-        if not vocab.is_full or vocab.size != weights.spec.vocab_size:
-            raise ValueError(
-                f"domino: wanted the target's whole vocabulary of {weights.spec.vocab_size} (its "
-                f"head is used), got {vocab.size} of {vocab.t2d.numel()}"
-            )
+        check_whole_vocab(vocab, weights.spec, method=self.name)
         own = DominoShape(self.config.gru_hidden_dim, self.config.emb_dim)
         draft = DominoDraft(BlockShape.of(self.config, weights), own, weights)
-        init_random(draft, seed=seed)
-        if self.config.warm_start == "target":
-            init_from_target(draft, weights)
+        init_block(draft, self.config, weights, seed=seed)
         init_correction(draft, seed=seed)
         return draft.to(weights.embed_tokens.device)
-
-    def vocab(self, prompts: Iterable[Prompt], target: TargetSpec) -> DraftVocab:
-        """The whole one."""
-        return DraftVocab.full(target.vocab_size)
-
-    def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """The layers, each called once a micro-batch."""
-        return tuple(_as_domino(draft).layers)
-
-    def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """The layers."""
-        return tuple(_as_domino(draft).layers)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         """Metrics of the slots that predict: those of `_block.objective.slot_metrics`, of the
@@ -100,7 +84,7 @@ class DominoMethod:
         return StepLoss(loss_sum, weight_sum, self._metrics(blocks, rows), BOTH_RATIOS)
 
     def drafter(self, draft: nn.Module) -> DominoDrafter:
-        return DominoDrafter(_as_domino(draft), first=self.config.first)
+        return DominoDrafter(self._mine(draft), first=self.config.first)
 
     @property
     def max_depth(self) -> int:
@@ -132,7 +116,7 @@ class DominoMethod:
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:
-        return export.to_checkpoint(_as_domino(draft), self.config, target, dtype=dtype)
+        return export.to_checkpoint(self._mine(draft), self.config, target, dtype=dtype)
 
     def engine_configs(
         self, config: Mapping[str, object], target: TargetSpec
@@ -157,9 +141,3 @@ class DominoMethod:
 
 BOTH_RATIOS = RATIOS | {f"base_{name}": below for name, below in RATIOS.items()}
 """See StepLoss.ratios."""
-
-
-def _as_domino(draft: nn.Module) -> DominoDraft:
-    if not isinstance(draft, DominoDraft):
-        raise TypeError(f"domino: wanted a DominoDraft, got {type(draft).__name__}")
-    return draft

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specforge_ext.methods._block.drafter import BlockDecoding, draw_tokens
+from specforge_ext.methods._block.drafter import BlockDecoding
+from specforge_ext.methods._drafter import check_depth, draw_tokens
 from specforge_ext.methods.dspark.model import DSparkDraft
 from specforge_ext.records import Proposal
 
@@ -31,8 +32,7 @@ class DSparkDrafter(BlockDecoding):
         negative.
         """
         draft, most = self._heads, self.draft.block_shape.block_size
-        if not 0 <= depth <= most:
-            raise ValueError(f"dspark drafter: depth: wanted 0..{most} (block_size), got {depth}")
+        check_depth("dspark", depth, most=most, what="block_size")
         hidden = self.states()[:, :depth]
         token = self.last_tokens
         tokens, probs, confidence = [token[:, None][:, :0]], [], []

@@ -10,14 +10,52 @@ from typing import get_args
 
 import torch
 
-from specforge_ext.methods._block import export
+from specforge_ext.methods._block.export import backbone_config, backbone_schema, stored_shape
+from specforge_ext.methods._export import (
+    Schema,
+    Shapes,
+    count,
+    flag,
+    free_dtype,
+    load_parameters,
+    parameters_of,
+)
 from specforge_ext.methods.dspark.config import DSparkConfig, MarkovKind
-from specforge_ext.methods.dspark.model import HeadShape
+from specforge_ext.methods.dspark.model import DSparkDraft, HeadShape
+from specforge_ext.records import DraftCheckpoint, TargetSpec, TargetWeights
 
 ARCHITECTURE = "Qwen3DSparkModel"
 
 
-def head_config(heads: HeadShape) -> dict[str, object]:
+def to_checkpoint(
+    draft: DSparkDraft, config: DSparkConfig, target: TargetSpec, *, dtype: torch.dtype
+) -> DraftCheckpoint:
+    """The parameters under their own names, in dtype, on the CPU."""
+    stored = backbone_config(
+        draft.block_shape,
+        config,
+        target,
+        method="dspark",
+        architecture=ARCHITECTURE,
+        dtype=dtype,
+    )
+    return DraftCheckpoint(parameters_of(draft, dtype), stored | _head_config(draft.head_shape))
+
+
+def from_checkpoint(
+    checkpoint: DraftCheckpoint, weights: TargetWeights, config: DSparkConfig
+) -> DSparkDraft:
+    """The draft in float32 on the target's device; sizes come from the checkpoint's config.json.
+
+    ValueError if it was made for another target or for other options than `config` asks for.
+    """
+    shape = stored_shape(checkpoint.config, weights, config)
+    draft = DSparkDraft(shape, _asked_heads(checkpoint.config, config), weights)
+    load_parameters(draft, checkpoint.tensors)
+    return draft.to(weights.embed_tokens.device)
+
+
+def _head_config(heads: HeadShape) -> dict[str, object]:
     """Keys of config.json. Every one is written: engines differ in what they take for granted."""
     return {
         "markov_rank": heads.rank,
@@ -28,13 +66,13 @@ def head_config(heads: HeadShape) -> dict[str, object]:
     }
 
 
-def schema(config: Mapping[str, object]) -> export.Schema:
+def schema(config: Mapping[str, object]) -> Schema:
     """Every key of a draft with this config.json. ValueError names a key that is missing or of the
     wrong kind.
     """
-    hidden, vocab = export.count(config, "hidden_size"), export.count(config, "vocab_size")
+    hidden, vocab = count(config, "hidden_size"), count(config, "vocab_size")
     heads = _heads(config)
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         "markov_head.markov_w1.weight": (vocab, heads.rank),
         "markov_head.markov_w2.weight": (vocab, heads.rank),
     }
@@ -47,13 +85,10 @@ def schema(config: Mapping[str, object]) -> export.Schema:
     if heads.confidence:
         shapes["confidence_head.proj.weight"] = (1, hidden + heads.rank)
         shapes["confidence_head.proj.bias"] = (1,)
-    own: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
-        name: (shape, None) for name, shape in shapes.items()
-    }
-    return {**export.backbone_schema(config), **own}
+    return backbone_schema(config) | free_dtype(shapes)
 
 
-def stored_heads(stored: Mapping[str, object], config: DSparkConfig) -> HeadShape:
+def _asked_heads(stored: Mapping[str, object], config: DSparkConfig) -> HeadShape:
     """Of a checkpoint's config.json. ValueError if `config` asks for others."""
     heads, wanted = _heads(stored), HeadShape.of(config)
     for key, ours, theirs in (
@@ -73,19 +108,12 @@ def _heads(config: Mapping[str, object]) -> HeadShape:
             f"config.json markov_head_type: wanted one of {get_args(MarkovKind)}, "
             f"got {config.get('markov_head_type')!r}"
         )
-    confidence = _flag(config, "enable_confidence_head")
-    if confidence and not _flag(config, "confidence_head_with_markov"):
+    confidence = flag(config, "enable_confidence_head")
+    if confidence and not flag(config, "confidence_head_with_markov"):
         raise ValueError(
             "config.json confidence_head_with_markov: wanted true (the head reads the token "
             "before), got False"
         )
-    if not _flag(config, "sample_from_anchor"):
+    if not flag(config, "sample_from_anchor"):
         raise ValueError("config.json sample_from_anchor: wanted true (slot 0 predicts), got False")
-    return HeadShape(kind, export.count(config, "markov_rank"), confidence)
-
-
-def _flag(config: Mapping[str, object], key: str) -> bool:
-    value = config.get(key)
-    if not isinstance(value, bool):
-        raise ValueError(f"config.json {key}: wanted true or false, got {value!r}")
-    return value
+    return HeadShape(kind, count(config, "markov_rank"), confidence)

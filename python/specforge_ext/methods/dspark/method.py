@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from specforge_ext.methods._block import export as block_export
 from specforge_ext.methods._block.config import FEATURE
-from specforge_ext.methods._block.init import init_from_target, init_random
+from specforge_ext.methods._block.init import init_block
+from specforge_ext.methods._block.method import BlockMethod
 from specforge_ext.methods._block.model import BlockShape
 from specforge_ext.methods._block.objective import RATIOS, slot_metrics
 from specforge_ext.methods._block.plan import Anchors, Blocks, draw, plan
 from specforge_ext.methods._block.work import block_work
+from specforge_ext.methods._common import check_whole_vocab
 from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.dspark import export
 from specforge_ext.methods.dspark.config import TEACHER, DSparkConfig, dspark_layout
@@ -26,7 +27,6 @@ from specforge_ext.records import (
     DraftVocab,
     FeatureLayout,
     PackedBatch,
-    Prompt,
     StepContext,
     StepLoss,
     TargetSpec,
@@ -34,11 +34,12 @@ from specforge_ext.records import (
 )
 
 
-class DSparkMethod:
+class DSparkMethod(BlockMethod[DSparkDraft]):
     """DSpark (arXiv 2607.05147)."""
 
     name = "dspark"
     Config = DSparkConfig
+    draft_type = DSparkDraft
 
     def __init__(self, config: DSparkConfig) -> None:
         self.config = config
@@ -49,31 +50,10 @@ class DSparkMethod:
 
     def build(self, weights: TargetWeights, vocab: DraftVocab, *, seed: int) -> DSparkDraft:
         """A draft with fresh weights, biases 0. ValueError unless the vocabulary is the whole."""
-        if not vocab.is_full or vocab.size != weights.spec.vocab_size:
-            raise ValueError(
-                f"dspark: wanted the target's whole vocabulary of {weights.spec.vocab_size} (its "
-                f"head is used), got {vocab.size} of {vocab.t2d.numel()}"
-            )
+        check_whole_vocab(vocab, weights.spec, method=self.name)
         draft = DSparkDraft(BlockShape.of(self.config, weights), HeadShape.of(self.config), weights)
-        init_random(draft, seed=seed)
-        for name, parameter in draft.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-        if self.config.warm_start == "target":
-            init_from_target(draft, weights)
+        init_block(draft, self.config, weights, seed=seed)
         return draft.to(weights.embed_tokens.device)
-
-    def vocab(self, prompts: Iterable[Prompt], target: TargetSpec) -> DraftVocab:
-        """The whole one."""
-        return DraftVocab.full(target.vocab_size)
-
-    def shard_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """The layers, each called once a micro-batch."""
-        return tuple(_as_dspark(draft).layers)
-
-    def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
-        """The layers."""
-        return tuple(_as_dspark(draft).layers)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         """Metrics [block_size]: see `_block.objective.slot_metrics`, where a token counts as
@@ -105,7 +85,7 @@ class DSparkMethod:
         )
 
     def drafter(self, draft: nn.Module) -> DSparkDrafter:
-        return DSparkDrafter(_as_dspark(draft), confidence_cut=self.config.confidence_cut)
+        return DSparkDrafter(self._mine(draft), confidence_cut=self.config.confidence_cut)
 
     @property
     def max_depth(self) -> int:
@@ -139,17 +119,7 @@ class DSparkMethod:
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:
         """One checkpoint for every engine."""
-        draft = _as_dspark(draft)
-        config = block_export.backbone_config(
-            draft.block_shape,
-            self.config,
-            target,
-            method=self.name,
-            architecture=export.ARCHITECTURE,
-            dtype=dtype,
-        )
-        config |= export.head_config(draft.head_shape)
-        return DraftCheckpoint(block_export.tensors_of(draft, dtype), config)
+        return export.to_checkpoint(self._mine(draft), self.config, target, dtype=dtype)
 
     def engine_configs(
         self, config: Mapping[str, object], target: TargetSpec
@@ -163,11 +133,7 @@ class DSparkMethod:
         return export.schema(config)
 
     def restore(self, checkpoint: DraftCheckpoint, weights: TargetWeights) -> DSparkDraft:
-        shape = block_export.stored_shape(checkpoint.config, weights, self.config)
-        heads = export.stored_heads(checkpoint.config, self.config)
-        draft = DSparkDraft(shape, heads, weights)
-        block_export.load_parameters(draft, checkpoint.tensors)
-        return draft.to(weights.embed_tokens.device)
+        return export.from_checkpoint(checkpoint, weights, self.config)
 
 
 _CHANCE_RATIOS = {"acceptance": "rows", "reached": "blocks", "foretold_error": "rows"}
@@ -188,9 +154,3 @@ def _chances(blocks: Blocks, rows: SparkLoss) -> dict[str, Tensor]:
         error = (rows.foretold - rows.accepted).abs()
         sums["foretold_error"] = blocks.by_block(error.double()).sum(0)
     return sums
-
-
-def _as_dspark(draft: nn.Module) -> DSparkDraft:
-    if not isinstance(draft, DSparkDraft):
-        raise TypeError(f"dspark: wanted a DSparkDraft, got {type(draft).__name__}")
-    return draft

@@ -1,8 +1,9 @@
 """EAGLE-3 (arXiv 2503.01840)."""
 
-from specforge_ext.methods.eagle3.config import Eagle3Config, default_aux_layer_ids
+from specforge_ext.methods._fused.shape import default_aux_layer_ids
+from specforge_ext.methods._fused.vocab import build_draft_vocab, count_scored_tokens
+from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.method import Eagle3Method
-from specforge_ext.methods.eagle3.vocab import build_draft_vocab, count_scored_tokens
 
 __all__ = [
     "Eagle3Config",

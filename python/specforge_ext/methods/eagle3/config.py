@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from specforge_ext.config import Config
-from specforge_ext.records import TargetSpec
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -72,43 +71,3 @@ class Eagle3Config(Config):
         if self.top_k is not None and self.loss != "soft_ce":
             raise ValueError(f"top_k: wanted loss 'soft_ce' beside it, got {self.loss!r}")
         return self
-
-
-def engine_default_layer_ids(num_layers: int) -> tuple[int, int, int]:
-    """What SGLang and vLLM take when a draft names no layers; not checked for sense."""
-    return 2, num_layers // 2, num_layers - 3
-
-
-def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
-    """HF `hidden_states` indices of the features when the config names none: the engines' default.
-
-    ValueError if the target has too few layers for them to be distinct and ascending.
-    """
-    ids = engine_default_layer_ids(num_layers)
-    if not ids[0] < ids[1] < ids[2]:
-        raise ValueError(
-            f"aux_layer_ids: the default [2, L/2, L-3] of a target with {num_layers} layers is "
-            f"{list(ids)}; wanted ascending ids, so name them"
-        )
-    return ids
-
-
-class FusesLayers(Protocol):
-    """A config that may name the layers of its features."""
-
-    @property
-    def aux_layer_ids(self) -> tuple[int, ...] | None: ...
-
-
-def aux_layer_ids(config: FusesLayers, target: TargetSpec) -> tuple[int, ...]:
-    """The features' layers, HF `hidden_states` indices. ValueError if they are not of the
-    target.
-    """
-    if config.aux_layer_ids is None:
-        return default_aux_layer_ids(target.num_layers)
-    ids = config.aux_layer_ids
-    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > target.num_layers:
-        raise ValueError(
-            f"aux_layer_ids: wanted ascending ids from 0 to {target.num_layers}, got {list(ids)}"
-        )
-    return ids

@@ -12,54 +12,30 @@ size, F features' width, V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
-from specforge_ext.methods._ttt_plan import TttPlan, build_plan, labelled_per_step
+from specforge_ext.methods._fused.shape import DraftShape
+from specforge_ext.methods._teacher import (
+    ScoredSums,
+    Teacher,
+    draft_first,
+    teacher_of,
+    tokens_at,
+)
+from specforge_ext.methods._ttt_plan import TttPlan, build_plan, labelled_per_step, select
 from specforge_ext.methods.eagle3.config import Eagle3Config
 from specforge_ext.methods.eagle3.objective import ScoredRows, step_loss
 from specforge_ext.nn.attention import OwnKeys, split_attention
-from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, LayerShape, PlainLayer
+from specforge_ext.nn.layer import DraftLayer, FusedInputLayer, PlainLayer
 from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
 from specforge_ext.ops import DraftLoss
 from specforge_ext.records import DraftVocab, TargetWeights
-
-
-@dataclass(frozen=True)
-class DraftShape:
-    """Sizes of a draft. features_width: columns of `aux`, of num_features layers; rope_scaling: as
-    in HF configs.
-    """
-
-    layer: LayerShape
-    features_width: int
-    num_features: int
-    vocab_size: int
-    draft_vocab_size: int
-    rope_theta: float
-    rope_scaling: Mapping[str, object] | None
-
-
-class TttSums(NamedTuple):
-    """Sums over rows: loss [] float32, weighted as in `objective`, nats; the others [L].
-
-    step_loss and accepted (float), correct (count) are over `rows` (count), the rows scored at each
-    step; `labelled` counts the rows whose loss mask is 1, wherever the teacher's argmax lies.
-    """
-
-    loss: Tensor
-    step_loss: Tensor
-    correct: Tensor
-    accepted: Tensor
-    rows: Tensor
-    labelled: Tensor
 
 
 class FeatureNorm(nn.ModuleList):
@@ -125,7 +101,7 @@ class Eagle3Draft(nn.Module):
         aux: Tensor,
         last: Tensor,
         lengths: Sequence[int],
-    ) -> TttSums:
+    ) -> ScoredSums:
         """input_ids, positions [T] int64, loss_mask [T] uint8, aux [T, F], last [T, Ht] (final norm
         applied).
         """
@@ -140,14 +116,7 @@ class Eagle3Draft(nn.Module):
         hidden = self.backbone(plan, input_ids, positions, aux)
         loss = self.score(plan, torch.cat(hidden), teacher, last, lengths)
         labelled = labelled_per_step(teacher.labelled, lengths, self.config.ttt_length)
-        return TttSums(
-            loss=loss.loss_sum,
-            step_loss=loss.step_loss,
-            correct=loss.step_correct,
-            accepted=loss.step_accepted,
-            rows=loss.step_rows,
-            labelled=labelled.to(aux.device),
-        )
+        return ScoredSums(loss, labelled.to(aux.device))
 
     def teacher(self, loss_mask: Tensor, last: Tensor, lengths: Sequence[int]) -> Teacher:
         """Reads `last` only where the loss mask of the position before is 1."""
@@ -161,6 +130,11 @@ class Eagle3Draft(nn.Module):
         )
 
     @property
+    def vocab(self) -> DraftVocab:
+        """That of the logits."""
+        return DraftVocab(t2d=self.t2d, d2t=self.d2t)
+
+    @property
     def stack(self) -> tuple[DraftLayer, ...]:
         """The layers, first to last."""
         return self.midlayer, *cast("Iterable[PlainLayer]", self.layers.values())
@@ -172,7 +146,7 @@ class Eagle3Draft(nn.Module):
         hidden, keys = self._first_step(plan, input_ids, positions, aux)
         states = [hidden]
         for i, step in enumerate(plan.steps[1:], 1):
-            hidden = _select(self.carry(hidden), step.parent)
+            hidden = select(self.carry(hidden), step.parent)
             embedding = self.embed(tokens_at(input_ids, step.rows, 1 + i))
             tables = self.rope.tables(positions[step.rows] + i)
             for layer, (context, own) in zip(self.stack, keys, strict=True):
@@ -190,7 +164,7 @@ class Eagle3Draft(nn.Module):
     ) -> tuple[Tensor, list[_LayerKeys]]:
         """Every context row but in the last layer, there the step's rows. Output [n_0, H]."""
         step = plan.steps[0]
-        hidden = self.fuse(aux.index_select(0, plan.context))
+        hidden = self.first_hidden(aux.index_select(0, plan.context))
         embedding = self.embed(tokens_at(input_ids, plan.context, 1))
         tables = self.rope.tables(positions[plan.context])
         keys: list[_LayerKeys] = []
@@ -200,7 +174,7 @@ class Eagle3Draft(nn.Module):
             queries = plan.whole
             if layer is self.stack[-1]:
                 hidden, x, queries = (
-                    _select(hidden, step.parent), _select(x, step.parent), step.queries
+                    select(hidden, step.parent), select(x, step.parent), step.queries
                 )  # fmt: skip
                 tables = self.rope.tables(positions[step.rows])
             query = layer.self_attn.query(x, tables)
@@ -230,21 +204,27 @@ class Eagle3Draft(nn.Module):
         """Target ids [...] -> [..., H], the target's embedding, in the draft's dtype."""
         return F.embedding(token_ids, self.embed_tokens).to(self.fc.weight.dtype)
 
-    def fuse(self, aux: Tensor) -> Tensor:
+    def first_hidden(self, features: Tensor) -> Tensor:
         """Features [..., F] -> the first hidden state [..., H]."""
-        aux = aux.to(self.fc.weight.dtype)
+        aux = features.to(self.fc.weight.dtype)
         out: Tensor = self.fc(aux if self.fc_norm is None else self.fc_norm(aux))
         return out
+
+    def stack_inputs(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `StackDraft`."""
+        return self.embed(tokens), hidden
 
     def carry(self, hidden: Tensor) -> Tensor:
         """A step's output [..., H] as the next step's input."""
         return self.norm(hidden) if self.config.norm_output else hidden
 
+    def read_out(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ChainDraft`."""
+        return self.logits(out), self.carry(out)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Un-normed hidden states [..., H] -> [..., Vd]."""
         normed = self.norm(hidden)
         return F.linear(normed.to(self.lm_head.weight.dtype), self.lm_head.weight)
-
-
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)

@@ -11,16 +11,20 @@ from collections.abc import Mapping
 
 import torch
 
+from specforge_ext.methods._export import (
+    OWN_KEY,
+    Schema,
+    count,
+    flag,
+    free_dtype,
+    stored_layer_shape,
+)
 from specforge_ext.methods.mtp.forms import FORMS, Form, LayerKind, checkpoint_shapes
 from specforge_ext.methods.mtp.init import public_tensors
 from specforge_ext.methods.mtp.model import MtpDraft
-from specforge_ext.nn.layer import LayerShape
 from specforge_ext.records import DTYPE_NAMES, DraftCheckpoint, TargetSpec
 
-OWN_KEY = "specforge_ext"
 _FLAGS = ("qk_norm", "qkv_bias", "output_gate")
-
-Schema = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 
 def to_checkpoint(draft: MtpDraft, target: TargetSpec, *, dtype: torch.dtype) -> DraftCheckpoint:
@@ -46,7 +50,7 @@ def to_checkpoint(draft: MtpDraft, target: TargetSpec, *, dtype: torch.dtype) ->
         OWN_KEY: {
             "method": "mtp",
             "form": shape.form.name,
-            **{flag: getattr(shape.kind, flag) for flag in _FLAGS},
+            **{key: getattr(shape.kind, key) for key in _FLAGS},
         },
     }
     return DraftCheckpoint(tensors=tensors, config=config)
@@ -57,19 +61,8 @@ def schema(config: Mapping[str, object]) -> Schema:
     missing or of the wrong kind.
     """
     form, kind = _own(config)
-    eps = config.get("rms_norm_eps")
-    if not isinstance(eps, float) or not eps > 0:
-        raise ValueError(f"config.json rms_norm_eps: wanted a positive number, got {eps!r}")
-    layer = LayerShape(
-        hidden_size=_count(config, "hidden_size"),
-        intermediate_size=_count(config, "intermediate_size"),
-        num_heads=_count(config, "num_attention_heads"),
-        num_kv_heads=_count(config, "num_key_value_heads"),
-        head_dim=_count(config, "head_dim"),
-        rms_norm_eps=eps,
-    )
-    shapes = checkpoint_shapes(form, kind, _count(config, "num_target_layers"), layer)
-    return {name: (shape, None) for name, shape in shapes.items()}
+    layers, layer = count(config, "num_target_layers"), stored_layer_shape(config)
+    return free_dtype(checkpoint_shapes(form, kind, layers, layer))
 
 
 def stored_form(config: Mapping[str, object], target: TargetSpec) -> tuple[Form, LayerKind]:
@@ -83,7 +76,7 @@ def stored_form(config: Mapping[str, object], target: TargetSpec) -> tuple[Form,
         ("head_dim", target.head_dim),
         ("num_target_layers", target.num_layers),
     ):
-        if _count(config, key) != wanted:
+        if count(config, key) != wanted:
             raise ValueError(f"config.json {key}: wanted the target's {wanted}, got {config[key]}")
     return _own(config)
 
@@ -96,16 +89,4 @@ def _own(config: Mapping[str, object]) -> tuple[Form, LayerKind]:
         raise ValueError(
             f"config.json {OWN_KEY}.form: wanted one of {', '.join(FORMS)}, got {form!r}"
         )
-    for flag in _FLAGS:
-        if not isinstance(own.get(flag), bool):
-            raise ValueError(
-                f"config.json {OWN_KEY}.{flag}: wanted true or false, got {own.get(flag)!r}"
-            )
-    return FORMS[form], LayerKind(**{flag: own[flag] for flag in _FLAGS})
-
-
-def _count(config: Mapping[str, object], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value <= 0:
-        raise ValueError(f"config.json {key}: wanted a positive count, got {value!r}")
-    return value
+    return FORMS[form], LayerKind(**{key: flag(own, key, section=f"{OWN_KEY}.") for key in _FLAGS})

@@ -12,11 +12,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from specforge_ext.methods._export import Shapes, layer_tensors
 from specforge_ext.nn.layer import LayerShape
 from specforge_ext.records import TargetSpec
 
 FormName = Literal["deepseek", "qwen3_next"]
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -112,26 +112,9 @@ class LayerKind:
 
     def shapes(self, shape: LayerShape) -> Shapes:
         """Of the layer's tensors, as they lie in a checkpoint."""
-        hidden, ffn, head_dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
-        q, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
-        q_rows = q * (2 if self.output_gate else 1)
-        out: Shapes = {
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (q_rows, hidden),
-            "self_attn.k_proj.weight": (kv, hidden),
-            "self_attn.v_proj.weight": (kv, hidden),
-            "self_attn.o_proj.weight": (hidden, q),
-            "mlp.gate_proj.weight": (ffn, hidden),
-            "mlp.up_proj.weight": (ffn, hidden),
-            "mlp.down_proj.weight": (hidden, ffn),
-        }
-        if self.qk_norm:
-            out |= {f"self_attn.{part}_norm.weight": (head_dim,) for part in "qk"}
-        if self.qkv_bias:
-            rows = {"q": q_rows, "k": kv, "v": kv}
-            out |= {f"self_attn.{part}_proj.bias": (rows[part],) for part in "qkv"}
-        return out
+        return layer_tensors(
+            shape, qk_norm=self.qk_norm, qkv_bias=self.qkv_bias, output_gate=self.output_gate
+        )
 
 
 def shape_of(target: TargetSpec) -> LayerShape:
@@ -158,10 +141,12 @@ def checkpoint_shapes(form: Form, kind: LayerKind, target_layers: int, shape: La
 
 
 def prefix_of(form: Form, target_layers: int) -> str:
+    """Of all tensors of the layer in a checkpoint of a target with so many layers."""
     return form.prefix.format(L=target_layers, next=target_layers + 1)
 
 
 def next_prefix_of(form: Form, target_layers: int) -> str:
+    """Of those that a second such layer would have."""
     return form.next_prefix.format(L=target_layers, next=target_layers + 1)
 
 
@@ -189,6 +174,7 @@ def _speaks_of_mtp(name: str, target_layers: int) -> bool:
 
 
 def default_form(model_type: str) -> Form:
+    """That which servers read for this architecture; "deepseek" where none is known."""
     return FORMS[_ARCHITECTURES.get(model_type, "deepseek")]
 
 

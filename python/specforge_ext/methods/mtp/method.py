@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from specforge_ext.methods._common import as_draft, check_whole_vocab
+from specforge_ext.methods._drafter import ChainDrafter
+from specforge_ext.methods.base import StepWork
 from specforge_ext.methods.mtp import export
 from specforge_ext.methods.mtp.config import MtpConfig
-from specforge_ext.methods.mtp.drafter import MtpDrafter
 from specforge_ext.methods.mtp.forms import (
     FORMS,
     Form,
@@ -22,7 +24,9 @@ from specforge_ext.methods.mtp.forms import (
     shape_of,
 )
 from specforge_ext.methods.mtp.init import init_random, load, read_layer
-from specforge_ext.methods.mtp.model import MtpDraft, MtpShape, MtpSums
+from specforge_ext.methods.mtp.model import MtpDraft, MtpShape
+from specforge_ext.methods.mtp.work import mtp_work
+from specforge_ext.ops import DraftLoss
 from specforge_ext.records import (
     DraftCheckpoint,
     DraftVocab,
@@ -61,11 +65,7 @@ class MtpMethod:
         of experts, ...), is not there, or is not the one asked for.
         """
         spec, config = weights.spec, self.config
-        if not vocab.is_full or vocab.size != spec.vocab_size:
-            raise ValueError(
-                f"mtp: wanted the target's whole vocabulary, {spec.vocab_size}, which the shared "
-                f"head speaks, got {vocab.size} of {vocab.t2d.numel()}"
-            )
+        check_whole_vocab(vocab, spec, method=self.name)
         if (form := self._found_form(weights)) is None:
             form = FORMS[config.form] if config.form != "auto" else default_form(spec.model_type)
             kind = self._fresh_kind(weights)
@@ -100,39 +100,38 @@ class MtpMethod:
 
     def recompute_units(self, draft: nn.Module) -> Sequence[nn.Module]:
         """The feed-forward block: most of what a step keeps, [rows, intermediate] three times."""
-        return (_as_mtp(draft).layer.mlp,)
+        return (self._mine(draft).layer.mlp,)
 
     def step(self, draft: nn.Module, batch: PackedBatch, at: StepContext) -> StepLoss:
         """Metrics [L]: loss and correct, sums over `rows`, the rows scored at each step; accepted
         likewise, but not with labels. Nothing is drawn, so `at` does not matter.
         """
-        sums: MtpSums = draft(
+        sums: DraftLoss = draft(
             batch.input_ids,
             batch.loss_mask,
             batch.positions,
             batch.features["last"],
             batch.lengths,
         )
-        stats, device = sums.stats, sums.loss.device
-        metrics = {"loss": stats.step_loss, "correct": stats.step_correct, "rows": stats.step_rows}
+        metrics = {"loss": sums.step_loss, "correct": sums.step_correct, "rows": sums.step_rows}
         ratios = {"loss": "rows", "correct": "rows"}
         if self.config.loss != "labels":
-            metrics["accepted"], ratios["accepted"] = stats.step_accepted, "rows"
+            metrics["accepted"], ratios["accepted"] = sums.step_accepted, "rows"
         return StepLoss(
-            loss_sum=sums.loss,
-            weight_sum=stats.step_rows[0].float().to(device),
-            metrics={name: x.double() for name, x in metrics.items()},
+            loss_sum=sums.loss_sum,
+            weight_sum=sums.step_rows[0].float(),
+            metrics=metrics,
             ratios=ratios,
         )
 
-    def drafter(self, draft: nn.Module) -> MtpDrafter:
-        return MtpDrafter(_as_mtp(draft))
+    def drafter(self, draft: nn.Module) -> ChainDrafter:
+        return ChainDrafter(self._mine(draft), name=self.name, feature="last")
 
     def export(
         self, draft: nn.Module, target: TargetSpec, *, dtype: torch.dtype
     ) -> DraftCheckpoint:
         """The layer's tensors under the target's names, see `export.to_checkpoint`."""
-        return export.to_checkpoint(_as_mtp(draft), target, dtype=dtype)
+        return export.to_checkpoint(self._mine(draft), target, dtype=dtype)
 
     def engine_configs(
         self, config: Mapping[str, object], target: TargetSpec
@@ -150,6 +149,18 @@ class MtpMethod:
         draft = MtpDraft(self.config, self._shape(weights.spec, form, kind), weights)
         load(draft, checkpoint.tensors, where="the export")
         return draft.to(weights.embed_tokens.device)
+
+    def work(
+        self, target: TargetSpec, *, tokens: int, longest: int, itemsize: int, recompute: bool
+    ) -> StepWork:
+        """All tokens at each step; how long the samples are does not matter."""
+        return mtp_work(
+            target,
+            num_steps=self.config.num_steps,
+            tokens=tokens,
+            itemsize=itemsize,
+            recompute=recompute,
+        )
 
     def _found_form(self, weights: TargetWeights) -> Form | None:
         """The form to read from the checkpoint; None for a fresh layer."""
@@ -188,8 +199,5 @@ class MtpMethod:
             rope_scaling=target.rope_scaling,
         )
 
-
-def _as_mtp(draft: nn.Module) -> MtpDraft:
-    if not isinstance(draft, MtpDraft):
-        raise TypeError(f"mtp: wanted an MtpDraft, got {type(draft).__name__}")
-    return draft
+    def _mine(self, draft: nn.Module) -> MtpDraft:
+        return as_draft(draft, MtpDraft, method=self.name)

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specforge_ext.methods._teacher import labelled_rows, tokens_at
-from specforge_ext.methods._ttt_plan import TttPlan, build_plan
+from specforge_ext.methods._ttt_plan import TttPlan, build_plan, select
 from specforge_ext.methods.mtp.config import MtpConfig
 from specforge_ext.methods.mtp.forms import Form, LayerKind
 from specforge_ext.methods.mtp.layer import MtpLayer
@@ -48,13 +47,6 @@ class MtpShape:
     rotary_dim: int
     rope_theta: float
     rope_scaling: Mapping[str, object] | None
-
-
-class MtpSums(NamedTuple):
-    """loss [] float32, weighted, nats. stats: of each step, not weighted."""
-
-    loss: Tensor
-    stats: DraftLoss
 
 
 class MtpDraft(nn.Module):
@@ -86,7 +78,7 @@ class MtpDraft(nn.Module):
         positions: Tensor,
         last: Tensor,
         lengths: Sequence[int],
-    ) -> MtpSums:
+    ) -> DraftLoss:
         """input_ids, positions [T] int64, loss_mask [T] uint8, last [T, H] (final norm applied)."""
         mask = scorable(self.config, labelled_rows(loss_mask, lengths), lengths)
         plan = build_plan(
@@ -98,8 +90,7 @@ class MtpDraft(nn.Module):
         )
         normed = torch.cat(self.backbone(plan, input_ids, positions, last))
         student = normed.index_select(0, plan.pair_source).to(self.target_head.dtype)
-        loss = step_loss(self.config, student, self.target_head, plan, last, input_ids)
-        return MtpSums(loss.loss_sum, loss)
+        return step_loss(self.config, student, self.target_head, plan, last, input_ids)
 
     def backbone(
         self, plan: TttPlan, input_ids: Tensor, positions: Tensor, last: Tensor
@@ -112,13 +103,13 @@ class MtpDraft(nn.Module):
         )
         x = layer.input_layernorm(stream)
         context = attention.key_value(x, self.rope.tables(place))
-        stream, x = _select(stream, step.parent), _select(x, step.parent)
+        stream, x = select(stream, step.parent), select(x, step.parent)
         query = attention.query(x, self.rope.tables(positions[step.rows]))
         out = layer.finish(stream, split_attention(query, context, step.queries, ()))
         states, own = [self.output_norm(out)], []
         for i, step in enumerate(plan.steps[1:], 1):
             place = positions[step.rows] + i
-            hidden = _select(states[-1], step.parent)
+            hidden = select(states[-1], step.parent)
             stream = self.stream(tokens_at(input_ids, step.rows, 1 + i), hidden, place)
             x, tables = layer.input_layernorm(stream), self.rope.tables(place)
             own.append(attention.key_value(x, tables))
@@ -127,6 +118,27 @@ class MtpDraft(nn.Module):
             out = layer.finish(stream, split_attention(query, context, step.queries, keys))
             states.append(self.output_norm(out))
         return states
+
+    @property
+    def stack(self) -> tuple[MtpLayer]:
+        """The only layer."""
+        return (self.layer,)
+
+    def first_hidden(self, features: Tensor) -> Tensor:
+        """The target's hidden states [..., H] are read as they are."""
+        return features
+
+    def stack_inputs(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `StackDraft`. The layer reads one stream."""
+        stream = self.stream(tokens, hidden, positions)
+        return stream, stream
+
+    def read_out(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ChainDraft`."""
+        normed = self.output_norm(out)
+        return self.logits(normed), normed
 
     def stream(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         """Token ids [n], hidden states [n, H], positions [n] -> the layer's input [n, H]."""
@@ -141,7 +153,3 @@ class MtpDraft(nn.Module):
     def logits(self, normed: Tensor) -> Tensor:
         """Normed outputs [..., H] -> [..., V], the target's head."""
         return F.linear(normed.to(self.target_head.dtype), self.target_head)
-
-
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)

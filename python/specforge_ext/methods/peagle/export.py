@@ -10,17 +10,25 @@ from collections.abc import Mapping
 
 import torch
 
-from specforge_ext.methods.eagle3.config import aux_layer_ids
-from specforge_ext.methods.eagle3.export import (
-    LAYER_IDS_KEY,
+from specforge_ext.methods._export import (
     OWN_KEY,
     Schema,
-    base_config,
+    Shapes,
     count,
+    layer_tensors,
+    load_parameters,
+    stored_layer_shape,
+)
+from specforge_ext.methods._fused.export import (
+    LAYER_IDS_KEY,
+    base_config,
+    check_stored,
+    fused_layer_tensors,
+    fused_schema,
     own_layer_ids,
-    plain_layer_shapes,
     stored_shape,
     stored_vocab,
+    tensors_of,
 )
 from specforge_ext.methods.peagle.config import PEagleConfig
 from specforge_ext.methods.peagle.model import PEagleDraft
@@ -39,12 +47,7 @@ def to_checkpoint(
     draft: PEagleDraft, target: TargetSpec, *, aux_layer_ids: tuple[int, ...], dtype: torch.dtype
 ) -> DraftCheckpoint:
     """Floating tensors in dtype on the CPU, d2t and t2d unless the vocabulary is the full one."""
-    tensors = {
-        name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
-        for name, parameter in draft.named_parameters()
-    }
-    if draft.shape.draft_vocab_size < draft.shape.vocab_size:
-        tensors["d2t"], tensors["t2d"] = draft.d2t.cpu().clone(), draft.t2d.cpu().clone()
+    tensors = tensors_of(draft, draft.vocab, dtype)
     config = base_config(draft.shape, target, dtype)
     config["architectures"] = [ARCHITECTURE]
     config["num_hidden_layers"] = draft.config.num_layers
@@ -69,29 +72,19 @@ def schema(config: Mapping[str, object]) -> Schema:
 
     ValueError names a key of the config that is missing or of the wrong kind.
     """
-    hidden, ffn, draft_vocab = (
-        count(config, key) for key in ("hidden_size", "intermediate_size", "draft_vocab_size")
-    )
-    vocab, head_dim = count(config, "vocab_size"), count(config, "head_dim")
-    q = head_dim * count(config, "num_attention_heads")
-    kv = head_dim * count(config, "num_key_value_heads")
-    width = hidden * len(own_layer_ids(config))
-    shapes: dict[str, tuple[int, ...]] = {
+    layer, vocab = stored_layer_shape(config), count(config, "vocab_size")
+    hidden, width = layer.hidden_size, layer.hidden_size * len(own_layer_ids(config))
+    shapes: Shapes = {
         "embed_tokens.weight": (vocab, hidden),
         "fc.weight": (hidden, width),
         "mask_hidden": (1, 1, width),
         "norm.weight": (hidden,),
-        "lm_head.weight": (draft_vocab, hidden),
+        "lm_head.weight": (count(config, "draft_vocab_size"), hidden),
     }
     for i in range(count(config, "num_hidden_layers")):
-        shapes |= plain_layer_shapes(f"layers.{i}", hidden=hidden, ffn=ffn, q=q, kv=kv)
-    for name in "qkv":
-        shapes[f"layers.0.self_attn.{name}_proj.weight"] = (q if name == "q" else kv, 2 * hidden)
-    shapes["layers.0.hidden_norm.weight"] = (hidden,)
-    keys: Schema = {name: (shape, None) for name, shape in shapes.items()}
-    if draft_vocab < vocab:
-        keys["d2t"], keys["t2d"] = ((draft_vocab,), torch.int64), ((vocab,), torch.bool)
-    return keys
+        tensors = layer_tensors(layer) if i else fused_layer_tensors(layer)
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in tensors.items()}
+    return fused_schema(config, shapes)
 
 
 def from_checkpoint(
@@ -101,15 +94,8 @@ def from_checkpoint(
 
     ValueError if it was made for another target or for other options than `config` asks for.
     """
-    stored, spec = checkpoint.config, weights.spec
-    for key, wanted in (("vocab_size", spec.vocab_size), ("hidden_size", spec.hidden_size)):
-        if count(stored, key) != wanted:
-            raise ValueError(f"config.json {key}: wanted the target's {wanted}, got {stored[key]}")
-    wanted_ids, ids = aux_layer_ids(config, spec), own_layer_ids(stored)
-    if ids != wanted_ids:
-        raise ValueError(
-            f"config.json {OWN_KEY}.aux_layer_ids: wanted {list(wanted_ids)}, got {list(ids)}"
-        )
+    stored = checkpoint.config
+    check_stored(stored, weights.spec, config)
     draft = PEagleDraft(config, stored_shape(stored), weights, stored_vocab(checkpoint))
     for key, asked in (
         ("num_hidden_layers", config.num_layers),
@@ -117,6 +103,5 @@ def from_checkpoint(
     ):
         if stored.get(key) != asked:
             raise ValueError(f"config.json {key}: wanted {asked}, got {stored.get(key)!r}")
-    names = [name for name, _ in draft.named_parameters()]
-    draft.load_state_dict({name: checkpoint.tensors[name].float() for name in names})
+    load_parameters(draft, checkpoint.tensors)
     return draft.to(weights.embed_tokens.device)

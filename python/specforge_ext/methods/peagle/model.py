@@ -12,14 +12,20 @@ hidden size, F features' width, V target vocabulary, Vd draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specforge_ext.methods._teacher import Teacher, draft_first, teacher_of, tokens_at
-from specforge_ext.methods.eagle3.model import DraftShape
+from specforge_ext.methods._fused.shape import DraftShape
+from specforge_ext.methods._teacher import (
+    ScoredSums,
+    Teacher,
+    draft_first,
+    teacher_of,
+    tokens_at,
+)
 from specforge_ext.methods.peagle.config import PEagleConfig, mask_token_id
 from specforge_ext.methods.peagle.plan import ChainPlan, DepthQueries, plan_chains
 from specforge_ext.nn.attention import OwnKeys, split_attention
@@ -28,13 +34,6 @@ from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.nn.rope import Rope
 from specforge_ext.ops import DraftLoss, RowLoss, draft_loss
 from specforge_ext.records import DraftVocab, TargetWeights
-
-
-class ChainSums(NamedTuple):
-    """loss: sums over rows. labelled: [K] float64, the drawn rows whose loss mask is 1."""
-
-    loss: DraftLoss
-    labelled: Tensor
 
 
 class PEagleDraft(nn.Module):
@@ -68,6 +67,11 @@ class PEagleDraft(nn.Module):
         self.register_buffer("d2t", vocab.d2t, persistent=False)
 
     @property
+    def vocab(self) -> DraftVocab:
+        """That of the logits."""
+        return DraftVocab(t2d=self.t2d, d2t=self.d2t)
+
+    @property
     def stack(self) -> tuple[DraftLayer, ...]:
         """The layers, first to last."""
         return tuple(cast("Iterable[DraftLayer]", self.layers))
@@ -81,7 +85,7 @@ class PEagleDraft(nn.Module):
         last: Tensor,
         lengths: Sequence[int],
         chains: Sequence[Tensor],
-    ) -> ChainSums:
+    ) -> ScoredSums:
         """input_ids, positions [T] int64, loss_mask [T] uint8, aux [T, F], last [T, Ht] (final norm
         applied); chains: `plan.draw_chains`.
         """
@@ -102,7 +106,7 @@ class PEagleDraft(nn.Module):
             device=aux.device,
         )
         hidden = self.backbone(plan, input_ids, positions, aux)
-        return ChainSums(self.score(plan, hidden, teacher, last), plan.labelled.to(aux.device))
+        return ScoredSums(self.score(plan, hidden, teacher, last), plan.labelled.to(aux.device))
 
     def backbone(
         self, plan: ChainPlan, input_ids: Tensor, positions: Tensor, aux: Tensor
@@ -112,7 +116,7 @@ class PEagleDraft(nn.Module):
         masked = plan.anchors.numel() - plan.sizes[0]
         tokens = tokens_at(input_ids, context, 1)
         embedding = torch.cat((self.embed(tokens), self.mask_embedding().expand(masked, -1)))
-        fused = self.fuse(aux.index_select(0, context))
+        fused = self.first_hidden(aux.index_select(0, context))
         hidden = torch.cat((fused, self.mask_state().expand(masked, -1)))
         tables = self.rope.tables(positions[plan.anchors] + plan.depths)
         for layer in self.stack[:-1]:
@@ -144,10 +148,16 @@ class PEagleDraft(nn.Module):
         """Target ids [...] -> [..., H]."""
         return F.embedding(token_ids, self.embed_tokens.weight)
 
-    def fuse(self, aux: Tensor) -> Tensor:
+    def first_hidden(self, features: Tensor) -> Tensor:
         """Features [..., F] -> the hidden state [..., H] that enters the first layer."""
-        out: Tensor = self.fc(aux.to(self.fc.weight.dtype))
+        out: Tensor = self.fc(features.to(self.fc.weight.dtype))
         return out
+
+    def stack_inputs(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `StackDraft`."""
+        return self.embed(tokens), hidden
 
     def mask_embedding(self) -> Tensor:
         """[1, H]: what stands for the tokens past depth 0."""
@@ -155,7 +165,7 @@ class PEagleDraft(nn.Module):
 
     def mask_state(self) -> Tensor:
         """[1, H]: what stands for the fused features past depth 0."""
-        return self.fuse(self.mask_hidden[0])
+        return self.first_hidden(self.mask_hidden[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last layer's output [..., H] -> [..., Vd]."""

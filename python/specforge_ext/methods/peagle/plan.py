@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specforge_ext.methods._block.plan import sample_key
+from specforge_ext.methods._common import sample_keys
 from specforge_ext.methods._teacher import labelled_rows
 from specforge_ext.methods.peagle.config import PEagleConfig
 from specforge_ext.nn.flash import QueryPlan
@@ -69,11 +69,10 @@ class ChainPlan:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def draw_chains(batch: PackedBatch, at: StepContext, config: PEagleConfig) -> tuple[Tensor, ...]:
     """Anchors of depths 1..K-1 from (at.seed, at.step, sample id) alone: `ops.cod_chains`."""
-    keys = [sample_key(name) for name in batch.sample_ids]
     return cod_chains(
         labelled_rows(batch.loss_mask, batch.lengths),
         lengths_to_cu_seqlens(batch.lengths),
-        torch.tensor(keys, dtype=torch.int64),
+        sample_keys(batch.sample_ids),
         seed=at.seed,
         step=at.step,
         num_depths=config.num_depths,

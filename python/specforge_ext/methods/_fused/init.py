@@ -1,4 +1,4 @@
-"""Initial weights of an EAGLE-3 draft."""
+"""Initial weights of drafts that fuse layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from specforge_ext.methods.eagle3.model import DraftShape
+from specforge_ext.methods._fused.shape import DraftShape
 from specforge_ext.nn.layer import DraftLayer, FusedInputLayer
 from specforge_ext.nn.norm import RMSNorm
 from specforge_ext.records import DraftVocab, TargetWeights

@@ -7,7 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from specforge_ext.records import DraftVocab, Prompt
+from specforge_ext.records import DraftVocab, Prompt, TargetSpec
+
+
+def most_scored(prompts: Iterable[Prompt], target: TargetSpec, size: int | None) -> DraftVocab:
+    """The `size` target tokens that these texts score most often; None: every token."""
+    return build_draft_vocab(count_scored_tokens(prompts, vocab_size=target.vocab_size), size)
 
 
 def count_scored_tokens(prompts: Iterable[Prompt], *, vocab_size: int) -> Tensor:
