@@ -41,7 +41,8 @@ template <typename Held>
 py::capsule bytes_of(const Held& self, int device_type) {
   // torch knows no read-only tensors: readers are asked not to write.
   void* const data = const_cast<std::byte*>(self.slot->data());
-  return dlpack::bytes(data, self.slot->nbytes(), {device_type, self.device}, self.slot);
+  const dlpack::Shape shape{1, {static_cast<int64_t>(self.slot->nbytes())}};
+  return dlpack::view(data, dlpack::kByte, shape, {device_type, self.device}, self.slot);
 }
 
 DeviceReservation acquire(DeviceProducer& self, uint64_t nbytes, double timeout_s) {

@@ -42,10 +42,14 @@ __all__: list[str] = [
     "own_keys_grads",
     "own_keys_merge",
     "pack_samples",
+    "ref_from_bytes",
     "ref_is_valid",
+    "ref_to_bytes",
     "row_stats",
     "set_isa",
     "step_sums",
+    "stored_sample",
+    "tensor_views",
     "ttt_counts",
     "ttt_fill",
 ]
@@ -152,6 +156,12 @@ class ArenaConsumer:
     ) -> ArenaLease:
         """
         The slot's bytes, until the last buffer of the result is gone. StaleRef.
+        """
+    def open(
+        self, ref: typing.Any, store: str, layout_hash: str, from_dlpack: typing.Any
+    ) -> typing.Any:
+        """
+        A leased StoredSample; None for a ref of another. StaleRef.
         """
     def reap(self) -> int:
         """
@@ -426,9 +436,19 @@ def pack_samples(
     out_features: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def ref_from_bytes(data: bytes) -> typing.Any:
+    """
+    A SampleRef; None for other bytes than ref_to_bytes makes.
+    """
+
 def ref_is_valid(ref: typing.Any) -> bool:
     """
-    False also for values of subclasses of int, str and tuple. AttributeError for no ref.
+    False also for texts beyond ASCII and values of subclasses. AttributeError for no ref.
+    """
+
+def ref_to_bytes(ref: typing.Any) -> bytes | None:
+    """
+    None where ref_is_valid says False.
     """
 
 def row_stats(
@@ -449,6 +469,18 @@ def step_sums(
     sums: torch.Tensor,
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def stored_sample(extent: typing.Any, ref: typing.Any, from_dlpack: typing.Any) -> typing.Any:
+    """
+    A StoredSample of such views. ValueError for what does not lie in the buffer.
+    """
+
+def tensor_views(
+    extent: typing.Any, tensors: tuple[typing.Any, ...], from_dlpack: typing.Any
+) -> list[typing.Any]:
+    """
+    Views of a buffer, for each of a ref's tensors; codes, then scales of encoded ones.
+    """
+
 def ttt_counts(
     mask: torch.Tensor,
     cu_seqlens: torch.Tensor,
