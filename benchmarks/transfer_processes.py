@@ -143,7 +143,7 @@ class ProducerProcess:
         self._before = Cost.now()
 
     def deliver(
-        self, name: str, *, within: bool, compare: bool
+        self, name: str, *, within: bool, raw: bool, compare: bool
     ) -> tuple[list[float], list[Arrival]]:
         """When each delivery began, and how it ended if all is `within` this process."""
         producer = self._producers[name]
@@ -155,7 +155,7 @@ class ProducerProcess:
 
         for index, pipe in enumerate(self._pipes):
             starts.append(time.perf_counter())
-            producer.deliver(index, look if within else pipe.send)
+            producer.deliver(index, look if within else pipe.send_bytes if raw else pipe.send)
         return starts, arrivals
 
     def finish(self, name: str) -> Cost:
@@ -189,7 +189,7 @@ class ConsumerProcess:
     def expect(self) -> None:
         self._before = Cost.now()
 
-    def consume(self, name: str, *, compare: bool) -> tuple[list[Arrival], Cost]:
+    def consume(self, name: str, *, raw: bool, compare: bool) -> tuple[list[Arrival], Cost]:
         """One sample of each producer, as they come; arrivals in the order of the producers. Its
         deadline is the coordinator's."""
         arrivals: dict[int, Arrival] = {}
@@ -199,7 +199,8 @@ class ConsumerProcess:
             for pipe in ready:
                 index = waiting.pop(pipe)
                 consumer = self._consumers[name][index]
-                arrivals[index] = self._looker.look(consumer, pipe.recv(), compare=compare)
+                message = pipe.recv_bytes() if raw else pipe.recv()
+                arrivals[index] = self._looker.look(consumer, message, compare=compare)
         ordered = [arrivals[index] for index in range(len(self._pipes))]
         return ordered, Cost.now().since(self._before)
 
@@ -339,9 +340,10 @@ class Fleet:
             worker.ask("expect")
         servers = self._server_cpu_s(way)
         for worker in receivers:
-            worker.order("consume", way.name, compare=compare)
+            worker.order("consume", way.name, raw=way.raw, compare=compare)
         for worker in self._producers:
-            worker.order("deliver", way.name, within=way.consumer is None, compare=compare)
+            within = way.consumer is None
+            worker.order("deliver", way.name, within=within, raw=way.raw, compare=compare)
         delivered = [worker.answer(f"{way.name}, to deliver") for worker in self._producers]
         received = [worker.answer(f"{way.name}, to receive") for worker in receivers]
         costs = [cost for _, cost in received]

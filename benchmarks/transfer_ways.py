@@ -21,6 +21,7 @@ from specforge_ext.records import FeatureLayout, FeatureSpec, Prompt, Sample, Sa
 from specforge_ext.store import STORES
 from specforge_ext.store.base import Lease
 from specforge_ext.store.mooncake_master import Master
+from specforge_ext.store.ref import ref_from_bytes, ref_to_bytes
 from specforge_ext.store.shm import ShmConfig, ShmReservation, ShmStore
 
 HIDDEN = 4096
@@ -107,6 +108,7 @@ class Way:
     absent: why it cannot be used here, or None.
     turns: deliveries in a round, where they are short and their spread matters.
     moves: whether the bytes move within the clock; else only the latency means something.
+    raw: messages are bytes, which are sent as they are; else objects, which are pickled.
     master: owner of the Mooncake master whose CPU seconds are its too.
     """
 
@@ -118,6 +120,7 @@ class Way:
     absent: Callable[[], str | None] = lambda: None
     turns: int = 1
     moves: bool = True
+    raw: bool = False
     master: str | None = None
 
 
@@ -196,14 +199,14 @@ class MessageProducer(CopyProducer):
         self.handles = [self._num_tokens for _ in links]
 
     def deliver(self, consumer: int, tell: Tell) -> None:
-        tell(self._num_tokens)
+        tell(b"a sample")
 
 
 class MessageConsumer:
     def __init__(self, handle: int, link: None) -> None:
         self._tensors = tensors_of(make_sample(handle * BYTES_PER_TOKEN >> 20))
 
-    def receive(self, message: int) -> Tensors:
+    def receive(self, message: bytes) -> Tensors:
         return self._tensors
 
     def release(self) -> None:
@@ -240,7 +243,8 @@ class StoreProducer:
         pass
 
     def deliver(self, consumer: int, tell: Tell) -> None:
-        tell(self._writer.put(self._sample, layout_hash=LAYOUT.hash, timeout_s=TIMEOUT_S))
+        ref = self._writer.put(self._sample, layout_hash=LAYOUT.hash, timeout_s=TIMEOUT_S)
+        tell(ref_to_bytes(ref))
 
     def recover(self) -> None:
         pass
@@ -277,7 +281,7 @@ class InPlaceProducer:
             self._reserved.append(slot)
 
     def deliver(self, consumer: int, tell: Tell) -> None:
-        tell(self._reserved.pop().publish())
+        tell(ref_to_bytes(self._reserved.pop().publish()))
 
     def recover(self) -> None:
         pass
@@ -292,9 +296,10 @@ class StoreConsumer:
         self._reader = STORES.get(kind).reader(address)
         self._open: tuple[SampleRef, Lease] | None = None
 
-    def receive(self, message: SampleRef) -> Tensors:
-        lease = self._reader.open(message, layout_hash=LAYOUT.hash, verify=self._verify)
-        self._open = (message, lease)
+    def receive(self, message: bytes) -> Tensors:
+        ref = ref_from_bytes(message)
+        lease = self._reader.open(ref, layout_hash=LAYOUT.hash, verify=self._verify)
+        self._open = (ref, lease)
         return tensors_of(lease.sample)
 
     def release(self) -> None:
@@ -317,6 +322,7 @@ def store_way(kind: str, *, checksum: bool = True) -> Way:
         clock=f"{sums[0]} | message | {sums[1]} | read | release + ack",
         link=_master_link if kind == "mooncake_store" else _plain_link,
         absent=STORES.get(kind).unavailable,
+        raw=True,
         master=OURS if kind == "mooncake_store" else None,
     )
 
@@ -337,6 +343,7 @@ MESSAGE = Way(
     "message | read",
     turns=5,
     moves=False,
+    raw=True,
 )
 IN_PLACE = Way(
     "specforge_ext/shm/in-place",
@@ -345,6 +352,7 @@ IN_PLACE = Way(
     "publish (the bytes lie there, no checksum) | message | open | read | release + ack",
     turns=5,
     moves=False,
+    raw=True,
 )
 WAYS = (
     MEMCPY,

@@ -41,7 +41,8 @@ template <typename Held>
 py::capsule bytes_of(const Held& self, int device_type) {
   // torch knows no read-only tensors: readers are asked not to write.
   void* const data = const_cast<std::byte*>(self.slot->data());
-  return dlpack::bytes(data, self.slot->nbytes(), {device_type, self.device}, self.slot);
+  const dlpack::Shape shape{1, {static_cast<int64_t>(self.slot->nbytes())}};
+  return dlpack::view(data, dlpack::kByte, shape, {device_type, self.device}, self.slot);
 }
 
 DeviceReservation acquire(DeviceProducer& self, uint64_t nbytes, double timeout_s) {
@@ -72,6 +73,9 @@ void bind_producer(py::module_& m) {
                              [](const DeviceReservation& s) { return s.slot->ref().generation; })
       .def_property_readonly("nbytes", [](const DeviceReservation& s) { return s.slot->nbytes(); })
       .def_property_readonly("is_open", [](const DeviceReservation& s) { return s.slot->open(); })
+      .def_property_readonly(
+          "address",
+          [](const DeviceReservation& s) { return reinterpret_cast<uintptr_t>(s.slot->data()); })
       .def("dlpack", &bytes_of<DeviceReservation>, py::arg("device_type") = dlpack::kCuda,
            "The bytes as a DLPack capsule. Drop what is made of it at `publish`.")
       .def(
@@ -109,6 +113,12 @@ void bind_producer(py::module_& m) {
             return SocketAddress{path, s.arena->mapping()->fixed().epoch}.text();
           },
           py::arg("path"), "Let readers in at a unix socket; its address for them.")
+      .def(
+          "reader",
+          [](const DeviceProducer& s) {
+            return DeviceConsumer{Consumer::join(s.arena->mapping()), s.device};
+          },
+          "One in this process, of the same addresses: no second mapping of the memory.")
       .def(
           "reap",
           [](DeviceProducer& s) {
@@ -158,8 +168,8 @@ void bind_consumer(py::module_& m) {
 }  // namespace
 
 void bind_device_arena(py::module_& m) {
+  bind_consumer(m);  // which signatures of the producer name
   bind_producer(m);
-  bind_consumer(m);
 }
 
 }  // namespace sf

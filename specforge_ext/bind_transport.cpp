@@ -196,6 +196,8 @@ void bind_consumer(py::module_& m) {
           },
           py::arg("slot"), py::arg("generation"),
           "The slot's bytes, until the last buffer of the result is gone. StaleRef.")
+      .def("open", &open_sample, py::arg("ref"), py::arg("store"), py::arg("layout_hash"),
+           py::arg("from_dlpack"), "A leased StoredSample; None for a ref of another. StaleRef.")
       .def(
           "acknowledge",
           [](Consumer& self, uint32_t slot, uint64_t generation) {

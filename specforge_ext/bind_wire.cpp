@@ -6,6 +6,7 @@
 #include "convert.h"
 #include "core/check.h"
 #include "core/crc32c.h"
+#include "wire/bytes_crc.h"
 #include "wire/fp8_rows.h"
 
 namespace py = pybind11;
@@ -72,6 +73,12 @@ void bind_fp8(py::module_& m) {
       },
       py::arg("payload"), py::arg("scale"), py::arg("y"), py::arg("row_crc"), py::arg("summary"),
       py::arg("checksum"), py::arg("stream") = 0, NoGil());
+  m.def(
+      "bytes_crc",
+      [](const TensorView& data, const TensorView& part_crc, const TensorView& crc,
+         uintptr_t stream) { bytes_crc({data, part_crc, crc}, stream_of(stream)); },
+      py::arg("data"), py::arg("part_crc"), py::arg("crc"), py::arg("stream") = 0, NoGil(),
+      "part_crc: one for each 64 KiB that were begun.");
   m.def("fp8_encode", &fp8_encode, py::arg("x"), py::arg("q"), "For tests.", NoGil());
 }
 

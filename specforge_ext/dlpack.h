@@ -18,7 +18,7 @@ struct Device {
 };
 
 struct DataType {
-  uint8_t code;  // 1: unsigned integer
+  uint8_t code;  // 0: integer, 1: unsigned integer, 2: IEEE floating point, 4: bfloat16
   uint8_t bits;
   uint16_t lanes;
 };
@@ -39,10 +39,18 @@ struct ManagedTensor {
   void (*deleter)(ManagedTensor* self);
 };
 
+inline constexpr DataType kByte{1, 8, 1};
+
+// Of a contiguous tensor of one or two dimensions.
+struct Shape {
+  int32_t rank;
+  int64_t sizes[2];
+};
+
 // What a capsule points to: the tensor, and the owner of its bytes until the last view is gone.
-struct OwnedBytes {
+struct OwnedView {
   ManagedTensor managed;
-  int64_t shape[1];
+  Shape shape;
   std::shared_ptr<void> owner;
 };
 
@@ -53,17 +61,15 @@ inline void drop_capsule(PyObject* capsule) {
   managed->deleter(managed);
 }
 
-// A [nbytes] uint8 tensor. `owner` is let go by any thread, with the GIL or without.
-inline pybind11::capsule bytes(void* data, uint64_t nbytes, Device device,
-                               std::shared_ptr<void> owner) {
-  auto* out = new OwnedBytes{};
-  out->shape[0] = static_cast<int64_t>(nbytes);
+// `owner` is let go by any thread, with the GIL or without.
+inline pybind11::capsule view(void* data, DataType dtype, const Shape& shape, Device device,
+                              std::shared_ptr<void> owner) {
+  auto* out = new OwnedView{};
+  out->shape = shape;
   out->owner = std::move(owner);
-  out->managed.tensor = {data, device, 1, {1, 8, 1}, out->shape, nullptr, 0};
+  out->managed.tensor = {data, device, shape.rank, dtype, out->shape.sizes, nullptr, 0};
   out->managed.context = out;
-  out->managed.deleter = [](ManagedTensor* self) {
-    delete static_cast<OwnedBytes*>(self->context);
-  };
+  out->managed.deleter = [](ManagedTensor* self) { delete static_cast<OwnedView*>(self->context); };
   return pybind11::capsule(&out->managed, "dltensor", &drop_capsule);
 }
 

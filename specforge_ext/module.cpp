@@ -28,4 +28,5 @@ PYBIND11_MODULE(_C, m) {
   sf::bind_device_arena(m);
   sf::bind_wire(m);
   sf::bind_ref(m);
+  sf::bind_views(m);
 }

@@ -41,6 +41,7 @@ OPS = (
     "fp8_pack",
     "fp8_unpack",
     "block_mask",
+    "bytes_crc",
 )
 ACCESSES = ("held", "streamed", "scalar")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -387,6 +388,14 @@ def fp8_unpack(
     outputs = (y, DTYPE_CODES[dtype], rows, width, row_crc, summary, int(checksum))
     _call("fp8_unpack", payload_NW, scale_N, *outputs)
     return y, summary
+
+
+def bytes_crc(data: Tensor) -> int:
+    """csrc/wire/bytes_crc.h"""
+    parts = -(-len(data) // (64 << 10))
+    part_crc, crc = torch.full((parts,), -7, dtype=torch.int32), torch.full((1,), -7)
+    _call("bytes_crc", data, len(data), part_crc, parts, crc)
+    return int(crc)
 
 
 def block_mask(

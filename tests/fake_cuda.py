@@ -3,6 +3,7 @@ maps what, in which process, for how long."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from native_program import FLAGS, ROOT, compile_all, digest_of
-from specforge_ext.store import cuda_ipc
-from specforge_ext.store.direct_facts import DRIVER
+from specforge_ext.store import cuda_ipc, device_memory, direct_gpu
+from specforge_ext.store.direct_facts import DRIVER, Facts, Hca, cuda_gpus
 
 SOURCE = ROOT / "tests/native/fake_cuda.cpp"
 WANTED = "SPECFORGE_EXT_TEST_FAKE_CUDA"
@@ -60,12 +61,56 @@ def load() -> ctypes.CDLL:
     return _loaded["fake"]
 
 
+class TorchCuda:
+    """As torch.cuda; its streams have nothing to wait for. calls: what was asked of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def default_stream(self) -> TorchCuda:
+        return self
+
+    current_stream = default_stream
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def query(self) -> bool:
+        self.calls.append("query")
+        return True
+
+
+def with_everything(ordinal: int | None) -> Facts:
+    """As `direct_gpu.probe_gpu`, of a machine that has all that a rung wants, and this driver."""
+    gpus, no_gpu = cuda_gpus(str(library()))
+    return Facts(
+        no_gpu=no_gpu,
+        gpus=gpus[ordinal or 0 :][:1],
+        no_torch=None,
+        no_kernels=None,
+        hcas=(Hca("mlx5_0", "1", "ACTIVE", "InfiniBand"),),
+        peer_memory="nvidia_peermem",
+        memlock_bytes=None,
+        no_mooncake=None,
+        mooncake_cuda=True,
+        container=False,
+    )
+
+
 def install(set_attribute: Callable[[object, str, object], None]) -> ctypes.CDLL:
     """Let cuda_ipc use it: its memory is the CPU's to torch. set_attribute: setattr, or one that is
     undone."""
     set_attribute(cuda_ipc, "unavailable", lambda: None)
-    set_attribute(cuda_ipc, "use_device", lambda ordinal: ordinal or 0)
-    set_attribute(cuda_ipc, "DLPACK_DEVICE", K_DL_CPU)
+    set_attribute(device_memory, "use_device", lambda ordinal: ordinal or 0)
+    set_attribute(device_memory, "DLPACK_DEVICE", K_DL_CPU)
+    set_attribute(direct_gpu, "probe_gpu", with_everything)
+    set_attribute(direct_gpu, "cuda", TorchCuda())
     return load()
 
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 import fake_cuda  # in processes that tests start it installs itself
-from specforge_ext import _C
 from specforge_ext.records import SampleRef
-from specforge_ext.store import STORES, cuda_ipc
+from specforge_ext.store import STORES, device_memory, direct_gpu
 from specforge_ext.store.base import StaleRef
+from specforge_ext.store.device_arena import DeviceArenaWriter
 from store_cases import SLOWDOWN
 
 OVER_MOONCAKE = ("mooncake_store", "mooncake_p2p")
@@ -30,23 +30,31 @@ PROTOCOL = os.environ.get("SPECFORGE_EXT_TEST_PROTOCOL", "tcp")
 """Of the Mooncake stores. With rdma only they are tested, by `make test-rdma`."""
 LINK = {"protocol": PROTOCOL, "devices": os.environ.get("SPECFORGE_EXT_TEST_DEVICES", "")}
 KINDS = (*(("shm", "shared_dir", "cuda_ipc") if PROTOCOL == "tcp" else ()), *OVER_MOONCAKE)
+ON_GPU = "/gpu"
+"""After the kind of a store over Mooncake: its samples lie in the memory of a GPU."""
+VARIANTS = (*KINDS, *(f"{kind}{ON_GPU}" for kind in OVER_MOONCAKE))
 CARRIERS = {"shm": "memory", "shared_dir": "file", "cuda_ipc": "cuda"} | dict.fromkeys(
     OVER_MOONCAKE, PROTOCOL
 )
 
 
-def settings_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What its config needs here. Without a GPU cuda_ipc gets a driver made of memfds; skips with
-    the reason where a kind cannot be had."""
+def settings_of(variant: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What its config needs here. Without a GPU cuda_ipc and ON_GPU get a driver made of memfds;
+    skips with the reason where a variant cannot be had."""
+    kind, on_gpu, _ = variant.partition(ON_GPU)
     settings: dict[str, Any] = dict(LINK) if kind in OVER_MOONCAKE else {}
     if kind == "cuda_ipc":
         settings["checksum"] = True
-        if not torch.cuda.is_available():
-            if fake_cuda.real_driver():
-                pytest.skip("a CUDA driver without a GPU that torch can use")
-            monkeypatch.setenv(fake_cuda.WANTED, "1")
-            fake_cuda.install(monkeypatch.setattr)
+    if on_gpu:
+        settings["direct"] = "on"
+    if (on_gpu or kind == "cuda_ipc") and not torch.cuda.is_available():
+        if fake_cuda.real_driver():
+            pytest.skip("a CUDA driver without a GPU that torch can use")
+        monkeypatch.setenv(fake_cuda.WANTED, "1")
+        fake_cuda.install(monkeypatch.setattr)
     if (reason := STORES.get(kind).unavailable()) is not None:
+        pytest.skip(reason)
+    if on_gpu and (reason := direct_gpu.why_not(f"gpu_{PROTOCOL}", direct_gpu.probe_gpu(None))):
         pytest.skip(reason)
     return settings
 
@@ -104,7 +112,7 @@ def empty_arena(writer: Any) -> None:
     for slot, generation in enumerate(writer._put_generations.tolist()):
         if generation:
             with contextlib.suppress(StaleRef):
-                writer._shm.free(slot, generation)
+                writer._arena.free(slot, generation)
 
 
 EMPTY: dict[str, Callable[[Any], None]] = {
@@ -132,12 +140,15 @@ def flip_in_arena(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
 
 
 def flip_in_registered_arena(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
-    flip_in_arena(writer._shm, ref, at, bit)
+    if isinstance(writer._arena, DeviceArenaWriter):
+        flip_on_gpu(writer._arena, ref, at, bit)
+    else:
+        flip_in_arena(writer._arena, ref, at, bit)
 
 
 def flip_on_gpu(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
-    reader = _C.DeviceArenaConsumer(cuda_ipc.use_device(None), writer.address())
-    whole = cuda_ipc.device_bytes(reader.lease(ref.slot, ref.generation))
+    reader = writer._arena.reader()
+    whole = device_memory.device_bytes(reader.lease(ref.slot, ref.generation))
     whole[at] ^= 1 << bit
     if whole.is_cuda:
         torch.cuda.synchronize()

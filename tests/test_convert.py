@@ -371,6 +371,13 @@ def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             convert(source, out, **arguments)
     with pytest.raises(ValueError, match="DEST: wanted another directory than SOURCE"):
         convert(source, source, to="vllm")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("not a draft")
+    with pytest.raises(ValueError, match=r"DEST: wanted a new directory, .*mine has 'notes\.txt'"):
+        convert(source, tmp_path / "mine", to="vllm")
+    with pytest.raises(ValueError, match=r"wanted a directory to write, got the file .*notes\.txt"):
+        convert(source, tmp_path / "mine" / "notes.txt", to="vllm")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match=r"config.json architectures: wanted a list, got None"):
         rewrite(target, config={"architectures": None})
         convert(source, out, to="vllm", target=target)

@@ -24,6 +24,8 @@ GPU = Gpu(
     read_only_register=True,
     rdma=True,
     dma_buf=True,
+    rdma_ordered=True,
+    rdma_flush=True,
     ipc_event=True,
     peers=(1,),
 )
@@ -40,9 +42,19 @@ EVERYTHING = Facts(
     mooncake_cuda=True,
     container=False,
 )
-NAMES = ["gpu_rdma", "gpu_vmm", "gpu_ipc", "host_rdma", "shm_page_locked", "shm", "tcp"]
+NAMES = [
+    "gpu_rdma",
+    "gpu_vmm",
+    "gpu_ipc",
+    "host_rdma",
+    "shm_page_locked",
+    "shm",
+    "gpu_tcp",
+    "tcp",
+]
+OF_GPUS = ("gpu_rdma", "gpu_vmm", "gpu_ipc", "shm_page_locked", "gpu_tcp")
+IN_ARENAS = ("gpu_rdma", "gpu_vmm", "gpu_tcp")
 NEVER = {
-    "gpu_rdma": ["no store of this version registers GPU memory with a network card"],
     "gpu_ipc": ["not used: memory behind a cudaIpcMemHandle ends with its producer, that of "],
 }
 """Rungs that no machine has yet: the issue names them, no store takes them."""
@@ -55,26 +67,22 @@ def with_gpus(**changes: object) -> Facts:
 NO_GPU = replace(EVERYTHING, no_gpu="no CUDA driver: libcuda.so.1", gpus=(), no_torch="no CUDA")
 ALONE = replace(EVERYTHING, gpus=(replace(GPU, peers=()),))
 
+NO_FD = "no GPU's memory can be shared as a file descriptor (attributes 102, 103)"
+
 # Facts, and what they add to the reasons: rung -> the beginnings of the reasons, in order.
 TABLE: dict[str, tuple[Facts, dict[str, list[str]]]] = {
     "everything": (EVERYTHING, {}),
     "no GPU": (
         NO_GPU,
-        {
-            name: ["no CUDA driver: libcuda.so.1", "no CUDA"]
-            for name in ("gpu_rdma", "gpu_vmm", "gpu_ipc", "shm_page_locked")
-        },
+        {name: ["no CUDA driver: libcuda.so.1", "no CUDA"] for name in OF_GPUS},
     ),
     "torch without CUDA": (
         replace(EVERYTHING, no_torch="torch 2.13 is a build without CUDA"),
-        {
-            name: ["torch 2.13 is a build without CUDA"]
-            for name in ("gpu_rdma", "gpu_vmm", "gpu_ipc", "shm_page_locked")
-        },
+        {name: ["torch 2.13 is a build without CUDA"] for name in OF_GPUS},
     ),
     "no kernels": (
         replace(EVERYTHING, no_kernels="built without CUDA kernels"),
-        {"gpu_vmm": ["built without CUDA kernels"]},
+        {name: ["built without CUDA kernels"] for name in IN_ARENAS},
     ),
     "no network card": (
         replace(EVERYTHING, hcas=()),
@@ -92,12 +100,12 @@ TABLE: dict[str, tuple[Facts, dict[str, list[str]]]] = {
         replace(EVERYTHING, no_mooncake="No module named 'mooncake'"),
         {
             name: ["Mooncake: No module named 'mooncake'"]
-            for name in ("gpu_rdma", "host_rdma", "tcp")
+            for name in ("gpu_rdma", "host_rdma", "gpu_tcp", "tcp")
         },
     ),
     "Mooncake without CUDA": (
         replace(EVERYTHING, mooncake_cuda=False),
-        {"gpu_rdma": ["this build of Mooncake has no CUDA"]},
+        {name: ["this build of Mooncake has no CUDA"] for name in ("gpu_rdma", "gpu_tcp")},
     ),
     "a dma_buf needs no module": (replace(EVERYTHING, peer_memory=None), {}),
     "the module needs no dma_buf": (with_gpus(dma_buf=False), {}),
@@ -109,14 +117,18 @@ TABLE: dict[str, tuple[Facts, dict[str, list[str]]]] = {
         with_gpus(dma_buf=False, rdma=False),
         {"gpu_rdma": ["no GPU lets a network card in (attributes 124 and 116 are 0)"]},
     ),
-    "no VMM": (
-        with_gpus(vmm=False),
-        {"gpu_vmm": ["no GPU's memory can be shared as a file descriptor (attributes 102, 103)"]},
+    "cards reach no memory of cuMemCreate": (
+        with_gpus(vmm_rdma=False),
+        {"gpu_rdma": ["no network card reaches memory of cuMemCreate (attribute 110)"]},
     ),
-    "no file descriptors": (
-        with_gpus(vmm_fd=False),
-        {"gpu_vmm": ["no GPU's memory can be shared as a file descriptor (attributes 102, 103)"]},
+    "what cards write is in order": (with_gpus(rdma_flush=False), {}),
+    "what cards write can be flushed": (with_gpus(rdma_ordered=False), {}),
+    "what cards write may never be seen": (
+        with_gpus(rdma_ordered=False, rdma_flush=False),
+        {"gpu_rdma": ["kernels may not see what a network card has written (attributes 117 and"]},
     ),
+    "no VMM": (with_gpus(vmm=False), {name: [NO_FD] for name in IN_ARENAS}),
+    "no file descriptors": (with_gpus(vmm_fd=False), {name: [NO_FD] for name in IN_ARENAS}),
     "no read-only registration": (
         with_gpus(read_only_register=False),
         {"shm_page_locked": ["no GPU registers memory that is mapped read-only (attribute 113)"]},
@@ -160,7 +172,9 @@ def test_reasons(case: str) -> None:
 @pytest.mark.parametrize(
     ("facts", "name"),
     [
-        (EVERYTHING, "gpu_vmm"),
+        (EVERYTHING, "gpu_rdma"),
+        (replace(EVERYTHING, hcas=()), "gpu_vmm"),
+        (replace(EVERYTHING, mooncake_cuda=False), "gpu_vmm"),
         (with_gpus(vmm=False), "host_rdma"),
         (replace(with_gpus(vmm=False), hcas=()), "shm_page_locked"),
         (replace(NO_GPU, hcas=()), "shm"),

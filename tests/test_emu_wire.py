@@ -125,6 +125,64 @@ def test_without_a_checksum() -> None:
     assert summary.tolist() == [0, 0]
 
 
+# Nothing; one byte; below, at and past a chunk; one round of the block and more; a part, one off it
+# on either side; several parts with an odd end, which is read byte by byte.
+@needs_emulator
+@pytest.mark.parametrize(
+    "nbytes", [0, 1, 15, 16, 17, 4096, 5000, 65535, 65536, 65537, 3 * 65536 + 4112, 200003]
+)
+def test_checksum_of_bytes(nbytes: int) -> None:
+    data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    assert emulated.bytes_crc(data) == _C.crc32c_by("table", data) == ops.crc32c(data)
+
+
+@needs_emulator
+@pytest.mark.parametrize("offset", [1, 8, 16])
+def test_checksum_of_misaligned_bytes(offset: int) -> None:
+    data = torch.randint(0, 256, (offset + 70000,), dtype=torch.uint8)[offset:]
+    assert emulated.bytes_crc(data) == _C.crc32c_by("table", data)
+
+
+@needs_emulator
+def test_checksum_of_more_parts_than_threads() -> None:
+    """513 parts of zeros but for one byte, whose place alone tells."""
+    data = torch.zeros(512 * 65536 + 5, dtype=torch.uint8)
+    seen = set()
+    for at in (0, 65536, 300 * 65536 + 7, len(data) - 1):
+        data[at] = 1
+        seen.add(crc := emulated.bytes_crc(data))
+        assert crc == ops.crc32c(data)
+        data[at] = 0
+    assert len(seen) == 4
+
+
+@needs_emulator
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_checksum_in_any_order_of_threads(order: str) -> None:
+    data = torch.randint(0, 256, (140000,), dtype=torch.uint8)
+    emulated.set_order(order)
+    assert emulated.bytes_crc(data) == _C.crc32c_by("table", data)
+
+
+def test_checksum_of_other_tensors() -> None:
+    for data, message in (
+        (torch.zeros(4), r"bytes_crc: data must be .*u8, got .*f32"),
+        (torch.zeros(4, 2, dtype=torch.uint8), r"bytes_crc: data must be \[nbytes.*got \[4, 2\]"),
+        (torch.zeros(8, dtype=torch.uint8)[::2], r"bytes_crc: data must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.crc32c(data)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("nbytes", [0, 1, 17, 65537, (9 << 20) + 3])
+def test_gpu_checksum_is_that_of_the_cpu(nbytes: int) -> None:
+    data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    assert ops.crc32c(data.cuda()) == ops.crc32c(data)
+    assert ops.crc32c(data.cuda()[1:]) == ops.crc32c(data[1:])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("width", [1, 17, 1031, 4096, 5120])

@@ -19,10 +19,11 @@ from torch import Tensor
 from specforge_ext import _C, ops
 from specforge_ext.loader.stream import pack
 from specforge_ext.records import FeatureLayout, FeatureSpec, Sample
-from specforge_ext.store import cuda_ipc
+from specforge_ext.store import device_memory, direct_gpu
 from specforge_ext.store.cuda_ipc import CudaIpcConfig, CudaIpcStore
 from specforge_ext.store.direct import best, rungs
 from specforge_ext.store.direct_facts import cuda_gpus, probe
+from specforge_ext.store.mooncake_p2p import MooncakeP2PConfig, MooncakeP2PStore
 from specforge_ext.store.ref import ref_from_json, ref_to_json
 from specforge_ext.store.shm import ShmConfig, ShmStore
 from store_cases import LAYOUT_HASH, TIMEOUT_S, make_prompt, make_sample, same_bytes
@@ -41,8 +42,9 @@ LAYOUT = FeatureLayout((FeatureSpec("hidden", (0,), WIDTH, "bfloat16"),))
 
 @pytest.fixture(autouse=True)
 def shared_memory_is_to_be_had(request: pytest.FixtureRequest) -> None:
-    reason = CudaIpcStore.unavailable()
-    if reason is not None and "shm" not in request.node.name:
+    if "shm" in request.node.name or "mooncake" in request.node.name:
+        return
+    if (reason := CudaIpcStore.unavailable()) is not None:
         pytest.skip(f"cuda_ipc: {reason}")
 
 
@@ -72,7 +74,7 @@ def test_preflight_and_torch_agree() -> None:
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ]
     ladder = {rung.name: rung for rung in rungs(probe())}
-    assert best(list(ladder.values())).name in ("gpu_vmm", "host_rdma", "shm_page_locked", "shm")
+    assert best(list(ladder.values())).name not in ("gpu_ipc", "gpu_tcp", "tcp")
     assert ladder["gpu_vmm"].available == (CudaIpcStore.unavailable() is None)
 
 
@@ -156,20 +158,20 @@ def test_what_is_published_is_whole() -> None:
 
 def test_publishing_before_the_gpu_is_done_would_be_seen(tmp_path: Path) -> None:
     """The wait in `put` is what the test above is about: without it, old bytes are read."""
-    device = cuda_ipc.use_device(None)
+    device = device_memory.use_device(None)
     folder = tmp_path / "private"
     folder.mkdir(mode=0o700)
     producer = _C.DeviceArenaProducer(device, CAPACITY, 4)
     consumer = _C.DeviceArenaConsumer(device, producer.serve(str(folder / "socket")))
     slot = producer.acquire(4096, 0)
-    whole = cuda_ipc.device_bytes(slot).zero_()
+    whole = device_memory.device_bytes(slot).zero_()
     torch.cuda.synchronize()
     torch.cuda._sleep(DELAY_CYCLES)  # type: ignore[no-untyped-call]
     whole.fill_(7)
     slot.publish()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        seen = cuda_ipc.device_bytes(consumer.lease(slot.slot, slot.generation)).cpu()
+        seen = device_memory.device_bytes(consumer.lease(slot.slot, slot.generation)).cpu()
     assert seen.unique().tolist() == [0]
     torch.cuda.synchronize()
 
@@ -213,7 +215,7 @@ def test_a_batch_of_leases_is_packed_on_the_gpu() -> None:
 
 def test_fp8_rows_are_packed_into_the_arena_and_unpacked_from_it(tmp_path: Path) -> None:
     """The producer's kernel writes its codes where readers find them."""
-    device = cuda_ipc.use_device(None)
+    device = device_memory.use_device(None)
     folder = tmp_path / "private"
     folder.mkdir(mode=0o700)
     producer = _C.DeviceArenaProducer(device, CAPACITY, 4)
@@ -226,10 +228,10 @@ def test_fp8_rows_are_packed_into_the_arena_and_unpacked_from_it(tmp_path: Path)
         scale = whole[codes:].view(torch.float32).view(-1, layers)
         return whole[:codes].view(hidden.shape), scale
 
-    written = ops.fp8_pack(hidden.cuda(), layers=layers, out=rows(cuda_ipc.device_bytes(slot)))
+    written = ops.fp8_pack(hidden.cuda(), layers=layers, out=rows(device_memory.device_bytes(slot)))
     torch.cuda.synchronize()
     slot.publish()
-    payload, scale = rows(cuda_ipc.device_bytes(consumer.lease(slot.slot, slot.generation)))
+    payload, scale = rows(device_memory.device_bytes(consumer.lease(slot.slot, slot.generation)))
     back = ops.fp8_unpack(ops.Fp8Rows(payload, scale, written.crc))
     wanted = ops.fp8_pack(hidden, layers=layers)
     assert written.crc == wanted.crc
@@ -293,3 +295,64 @@ def test_shm_without_page_lock_is_pageable() -> None:
     writer = ShmStore.writer(ShmConfig(capacity_bytes=CAPACITY, page_lock="off"))
     lease = open_(ShmStore.reader(writer.address()), put(writer, make_sample(1)))
     assert not lease.sample.features["float32"].is_pinned()
+
+
+MOONCAKE = {"capacity_bytes": CAPACITY, "direct": "on"}
+
+
+@pytest.fixture
+def mooncake_fills_gpus() -> None:
+    if reason := direct_gpu.why_not("gpu_tcp", direct_gpu.probe_gpu(None)):
+        pytest.skip(f"gpu_tcp: {reason}")
+
+
+def produce_over_mooncake(pipe: Connection) -> None:
+    """Samples of features that the GPU has not begun to write when they are put."""
+    writer = MooncakeP2PStore.writer(MooncakeP2PConfig(**MOONCAKE))
+    pipe.send(writer.address())
+    for value in range(1, 5):
+        sample = Sample(make_prompt(value, 512), {"hidden": filled_late(float(value))})
+        pipe.send(ref_to_json(put(writer, sample)))
+        assert receive(pipe) == "next"
+
+
+@pytest.mark.usefixtures("mooncake_fills_gpus")
+def test_mooncake_brings_whole_samples_from_gpu_to_gpu() -> None:
+    """Into a pool that is full of other bytes, read on a stream that waits for nothing; checksums
+    are the GPUs' own."""
+    with started(produce_over_mooncake) as (_, pipe):
+        reader = MooncakeP2PStore.reader(receive(pipe))
+        assert reader.capabilities().on_gpu
+        for value in range(1, 5):
+            ref = ref_from_json(receive(pipe))
+            assert None not in {t.checksum for t in ref.tensors}
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                lease = reader.open(ref, layout_hash=LAYOUT_HASH, verify=True)
+                view = lease.sample.features["hidden"]
+                assert view.is_cuda and view.cpu().unique().tolist() == [value]
+            del view
+            lease.release()
+            reader.ack(ref)
+            pipe.send("next")
+        reader.close()
+
+
+@pytest.mark.usefixtures("mooncake_fills_gpus")
+def test_a_batch_of_mooncake_leases_is_packed_on_the_gpu() -> None:
+    """Their room is filled again as soon as they are over: the batch must not show it."""
+    writer = MooncakeP2PStore.writer(MooncakeP2PConfig(**MOONCAKE, pool_bytes=8 << 20))
+    reader = MooncakeP2PStore.reader(writer.address())
+    samples = hidden_samples()
+    leases = [open_(reader, put(writer, on_gpu(sample))) for sample in samples]
+    batch = pack([lease.sample for lease in leases], LAYOUT)
+    for lease in leases:
+        lease.release()
+    del leases
+    other = {"hidden": torch.full((700, WIDTH), 3.0, dtype=torch.bfloat16, device="cuda")}
+    for _ in range(8):
+        open_(reader, put(writer, Sample(make_prompt(9, 700), other))).release()
+    wanted = pack(samples, LAYOUT).features["hidden"]
+    assert same_bytes(batch.features["hidden"].cpu(), wanted)
+    reader.close()
+    writer.close()

@@ -16,7 +16,7 @@ import mtp_cases as cases
 from specforge_ext import cli
 from specforge_ext.engines.hf import HfConfig, HfEngine
 from specforge_ext.evaluate import evaluate, plain_decode
-from specforge_ext.export import merge, read_strict, write
+from specforge_ext.export import merge, merge_export, read_strict, write
 from specforge_ext.methods.mtp import MtpConfig, MtpMethod
 from specforge_ext.methods.mtp.init import public_tensors
 from specforge_ext.methods.mtp.model import MtpDraft
@@ -131,7 +131,11 @@ def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "target" / "model.safetensors")
     norm = tensors["mtp.norm.weight"]
     for wrong, match in (
-        ({"mtp.other.weight": norm}, "mtp.other.weight: the target has none"),
+        (
+            {"mtp.other.weight": norm, "mtp.norm.weight": norm},
+            "mtp.other.weight: the target has none",
+        ),
+        ({"fc.weight": norm, "d2t": norm}, "wanted an mtp export, .* got 2 .* not: d2t, fc.weight"),
         ({"mtp.norm.weight": norm[:3]}, r"wanted \[32\] torch.float32, got \[3\]"),
         ({"mtp.norm.weight": norm.bfloat16()}, "got \\[32\\] torch.bfloat16"),
     ):
@@ -141,6 +145,13 @@ def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="found 0 files"):
         merge({}, tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(ValueError, match="wanted a weight_map of names to files, got 3"):
+        merge({}, tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors: wanted a safetensors file"):
+        merge_export(tmp_path / "cut", tmp_path / "target", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -234,3 +245,16 @@ def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
     weights = replace(weights, checkpoint=type(weights.checkpoint)(str(tmp_path / "target")))  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="wanted a weight_map"):
         build(weights)
+
+
+def test_a_target_that_was_cut_is_refused(tmp_path: Path) -> None:
+    """By who reads its tensors, and by who opens the model."""
+    cases.write_target(tmp_path / "target")
+    weights = open_engine(tmp_path / "target").weights(device=CPU)
+    file = tmp_path / "target" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    weights = replace(weights, checkpoint=type(weights.checkpoint)(str(tmp_path / "target")))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"model\.safetensors: wanted a whole safetensors file"):
+        build(weights)
+    with pytest.raises(ValueError, match="model: wanted a directory or a hub name of a causal LM"):
+        open_engine(tmp_path / "target")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from prompt_cases import (
     make_tokenizer,
     scored,
 )
+from specforge_ext.assets import demo_target_path
 from specforge_ext.config import parse
 from specforge_ext.prompts import PROMPTS, Skipped, build_training_prompts
 from specforge_ext.prompts.base import build_set
@@ -276,6 +278,9 @@ def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: wanted a directory with a tokenizer, got '/no"):
         open_tokenizer("/no/such/place")
     with pytest.raises(ValueError, match=r"model: found no tokenizer in"):
+        open_tokenizer(str(tmp_path))
+    shutil.copy(demo_target_path() / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"found no tokenizer in .*: its vocabulary is empty"):
         open_tokenizer(str(tmp_path))
 
 

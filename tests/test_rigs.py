@@ -220,6 +220,7 @@ def test_counters_of_sglang() -> None:
 def test_how_a_case_is_served() -> None:
     case = Case("x", depth=4, vllm="eagle3", sglang="EAGLE3")
     assert case.vllm_config("d") == {"method": "eagle3", "model": "d", "num_speculative_tokens": 4}
+    assert Case("z", depth=4, vllm="eagle3", parallel=True).vllm_config("d")["parallel_drafting"]
     words = case.sglang_arguments("d")
     assert dict(zip(words[::2], words[1::2], strict=True)) == {
         "--speculative-algorithm": "EAGLE3",

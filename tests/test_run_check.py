@@ -71,7 +71,13 @@ def weights() -> TargetWeights:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_recipes_are_fine(name: str) -> None:
+def test_shipped_recipes_are_fine(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "heldout"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
     result = check(load(name, []), ranks=4)
     assert result.problems == ()
     assert result.render().splitlines()[-1] == "OK"
@@ -186,6 +192,16 @@ def test_notes(assignment: str) -> None:
     assert result.problems == ()
     with pytest.raises(ValueError, match=NOTES[assignment]):
         raise ValueError(" ".join(result.notes))
+
+
+def test_data_that_is_not_here(tmp_path: Path) -> None:
+    """A note: the recipe may be for another machine."""
+    paths = f"data.heldout={{kind: jsonl, paths: [{tmp_path}/gone]}}"
+    result = check(load("demo", [paths]))
+    assert result.problems == ()
+    assert result.notes == (
+        f"data.heldout.paths: wanted a JSONL file, found none at '{tmp_path}/gone'",
+    )
 
 
 def test_depth_is_refused_before_training() -> None:

@@ -133,7 +133,7 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
 
 
 def test_a_target_that_must_write_and_has_not_been_told_how(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="python_stdlib: wanted a target to continue"):
+    with pytest.raises(ValueError, match=r"^data\.train: python_stdlib: wanted a target"):
         written(recipe_with("data.generate="), ToyEngine(ToyConfig()), tmp_path)
 
 

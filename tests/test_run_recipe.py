@@ -43,8 +43,12 @@ WRONG = {
     "run.num_threads=0": r"run\.num_threads: .*greater than or equal to 1, got 0",
     "evaluate.depth=0": r"evaluate\.depth: .*greater than or equal to 1, got 0",
     "evaluate.temperatures=[0, -1]": r"evaluate\.temperatures\.1: .*equal to 0, got -1",
-    "evaluate.max_new_tokens=5": r"evaluate: .*wanted at least depth \+ 2 = 6, got 5",
+    "evaluate.max_new_tokens=5": r"evaluate: .*wanted at least depth \+ 2 = 6, got 5$",
     "export.dtype=float64": r"export\.dtype: .*'float32' or 'bfloat16', got 'float64'",
+    "engine.device=gpu": r"^engine\.device: wanted auto, cpu or cuda\[:index\], got 'gpu'$",
+    "trainer.betas=[2, 3]": r"trainer\.betas\.0: Input should be less than 1, got 2;",
+    "run.seed=-1": r"run\.seed: .*greater than or equal to 0, got -1",
+    "output_dir=5": r"output_dir: wanted the path of a folder, got 5",
     "name=": r"name: wanted the name of the recipe, got None",
     "nonsense": r"override 'nonsense': wanted key\.sub=value",
     "=1": r"override '=1': wanted key\.sub=value",
@@ -69,6 +73,16 @@ def test_recipe_files(tmp_path: Path) -> None:
     bad.write_text("a: [")
     with pytest.raises(ValueError, match=r"bad\.yaml: not valid YAML"):
         load(str(bad), [])
+    bad.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"bad\.yaml: wanted YAML in UTF-8: .*byte 0xff"):
+        load(str(bad), [])
+    bad.write_text("a:\n  b: 1\n  c: 2\n  b: 3\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml: .*the key 'b' is given twice.* line 4"):
+        load(str(bad), [])
+    with pytest.raises(ValueError, match="wanted a recipe's YAML file, got a directory"):
+        load(str(tmp_path), [])
+    with pytest.raises(ValueError, match=r"x/dmeo\.yaml: no such file, .* did you mean 'demo'"):
+        load("x/dmeo.yaml", [])
     bad.write_text("- 1")
     with pytest.raises(ValueError, match=r"bad\.yaml: wanted a mapping at the top, got list"):
         load(str(bad), [])

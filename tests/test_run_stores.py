@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import fake_cuda
 from run_job import Job, finished, started
 from specforge_ext.store import STORES
 from specforge_ext.store.mooncake_master import Master
@@ -80,6 +82,27 @@ def test_same_parameters(
         assert list((job.temporary / left[0]).iterdir()) == []
     else:
         assert left == []
+
+
+@pytest.mark.parametrize("kind", ["mooncake_p2p", "mooncake_store"])
+def test_same_parameters_by_way_of_a_gpu(
+    default: Job, beside: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whose driver is made of memfds: every process of the run loads it as it starts."""
+    if (reason := STORES.get(kind).unavailable()) is not None:
+        pytest.skip(reason)
+    if torch.cuda.is_available() or fake_cuda.real_driver():
+        pytest.skip("a CUDA driver is here: test_gpu_transfer covers it")
+    fake_cuda.library()
+    (beside / "sitecustomize.py").write_text("import fake_cuda\n")
+    path = [str(beside), str(Path(fake_cuda.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv(fake_cuda.WANTED, "1")
+    job = finished(beside, *QUICK, f"store.kind={kind}", "store.direct=on")
+    for key in ("steps", "samples_trained", "tokens_trained", "parameters_sha256"):
+        assert job.summary()[key] == default.summary()[key], key
+    assert copied_per_byte(job) == {4.0}  # put, not written in place
+    assert "rung gpu_tcp: samples lie in the memory of cuda:0, Fake 0" in job.output()
 
 
 FP8 = "store.encoding=fp8_e4m3_row"

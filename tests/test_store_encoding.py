@@ -27,7 +27,7 @@ from specforge_ext.store.ref import (
     ref_to_json,
 )
 from store_cases import TIMEOUT_S, make_prompt, same_bytes
-from store_kinds import KINDS, Opened, flip, settings_of
+from store_kinds import KINDS, ON_GPU, VARIANTS, Opened, flip, settings_of
 
 FP8 = "fp8_e4m3_row"
 SMALL = 1 << 19
@@ -52,7 +52,7 @@ def kept(master: str | None) -> Iterator[dict[object, list[Any]]]:
             it.close()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=VARIANTS)
 def opened(
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -61,11 +61,12 @@ def opened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Opened]:
     settings = settings_of(request.param, monkeypatch)
-    if request.param == "shared_dir":
+    kind = request.param.removesuffix(ON_GPU)
+    if kind == "shared_dir":
         settings["directory"] = tmp_path / "store"
-    if request.param == "mooncake_store":
+    if kind == "mooncake_store":
         settings["master"] = master
-    opened = Opened(request.param, settings, kept)
+    opened = Opened(kind, settings, kept)
     yield opened
     opened.close()
 

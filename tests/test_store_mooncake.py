@@ -73,7 +73,7 @@ def test_package_that_is_missing(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     store = STORES.get(kind)
     monkeypatch.setattr(mooncake.importlib, "import_module", absent)
-    assert "pip install 'specforge_ext[mooncake]'" in store.unavailable()
+    assert "pip install '.[mooncake]'" in store.unavailable()
     config = {"master": "127.0.0.1:1"} if kind == "mooncake_store" else {}
     with pytest.raises(StoreError, match=r"not available: No module named .*; wanted pip install"):
         store.writer(store.Config(capacity_bytes=1 << 16, **config))

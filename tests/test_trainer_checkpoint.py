@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trainer_toy as toy
-from specforge_ext.trainer import rng
+from specforge_ext.trainer import rng, signals
 from specforge_ext.trainer.checkpoint import Checkpointer, CheckpointError, Meta, read_meta
 from specforge_ext.trainer.distributed import World, open_world
 from specforge_ext.trainer.loop import Trainer, check_identity
@@ -88,19 +88,41 @@ def test_resume_gives_the_same_bits(
     assert trainer._optimizer.updates == STEPS
 
 
-def test_sigterm_saves_and_resume_goes_on(
-    world: World, tmp_path: Path, calm: tuple[Trainer, Path]
+@pytest.mark.parametrize("fault", ["term", "ctrl-c", "ctrl-c twice"])
+def test_signal_saves_and_resume_goes_on(
+    world: World, tmp_path: Path, calm: tuple[Trainer, Path], fault: str
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    result = make(world, tmp_path, faults={4: "term"}).fit()
+    """A terminal's Ctrl-C reaches a rank twice, the second time from torchrun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run with `&`
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    result = make(world, tmp_path, faults={4: fault}).fit()
     assert (result.stopped_by_signal, result.steps) == (True, 5)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert names(tmp_path)[-1] == "step_00000005"
     trainer = make(world, tmp_path)
     result = trainer.fit()
     assert (result.stopped_by_signal, result.resumed_step, result.steps) == (False, 5, STEPS)
     assert_same_bits(everything(trainer), everything(calm[0]))
     assert steps_in(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_ctrl_c_stays_ignored_in_the_background() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_later_ctrl_c_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "SAME_CTRL_C_S", 0.0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), signals.stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_finished_run_has_nothing_to_do(world: World, calm: tuple[Trainer, Path]) -> None:
@@ -217,9 +239,9 @@ def test_resume_of_no_checkpoint(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.5}, r"is of another run: wanted lr = 0\.5, got 0\.01"),
+        ({"lr": 0.5}, r"is of another run: wanted trainer\.lr = 0\.5, got 0\.01"),
         ({"steps": 9}, r"is of another run: wanted total_steps = 9, got 8"),
-        ({"seed": 4}, r"is of another run: wanted seed = 4, got 0"),
+        ({"seed": 4}, r"is of another run: wanted trainer\.seed = 4, got 0"),
     ],
 )
 def test_resume_of_another_run(
@@ -239,13 +261,13 @@ def test_resume_from_before_a_setting_existed(
     assert data["identity"]["trainer"].pop("schedule") == "cosine"
     meta.write_text(json.dumps(data))
     assert make(world, tmp_path / "run").fit().resumed_step == STEPS
-    with pytest.raises(ValueError, match="wanted schedule = 'linear', got 'cosine'"):
+    with pytest.raises(ValueError, match=r"wanted trainer\.schedule = 'linear', got 'cosine'"):
         make(world, tmp_path / "run", schedule="linear").fit()
 
 
 def test_identity_ignores_what_json_does() -> None:
     check_identity(Path("x"), {"a": [1, 2], "b": {"c": None}}, {"a": (1, 2), "b": {"c": None}})
-    with pytest.raises(ValueError, match="x: is of another run: wanted c = None, got 1"):
+    with pytest.raises(ValueError, match=r"x: is of another run: wanted b\.c = None, got 1"):
         check_identity(Path("x"), {"b": {"c": 1}}, {"b": {}})
 
 

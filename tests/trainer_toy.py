@@ -130,7 +130,8 @@ class ToySource:
     """The plan: step s has the samples s.0 .. s.7, dealt to ranks and micro-batches by `layout`.
 
     masked_steps have no scored token. faults: step -> what this rank does on reaching it:
-    "kill" (SIGKILL itself), "term" (SIGTERM to itself), or "sleep:<seconds>".
+    "kill" (SIGKILL itself), "term" (SIGTERM to itself), "ctrl-c" (SIGINT), "ctrl-c twice",
+    or "sleep:<seconds>".
     """
 
     total_steps: int
@@ -161,6 +162,9 @@ def fault(what: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif name == "term":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif name in ("ctrl-c", "ctrl-c twice"):
+        for _ in name.split():
+            os.kill(os.getpid(), signal.SIGINT)
     elif name == "sleep":
         time.sleep(float(argument))
 

@@ -33,6 +33,7 @@ WANTED_SASS = {
     r"own_keys_grads_kernel<": ("LDG.E.128", "STG.E.128"),
     r"loss_rows_kernel<\(Group\)\d, \(Access\)[01],": ("LDG.E.128", "STG.E.128"),
     r"fp8_(un)?pack_kernel<(true|\(bool\)1),": ("LDG.E.128", "STG.E.128"),
+    r"bytes_crc_kernel": ("LDG.E.128",),
 }
 # The same on compute capability 9.0 and up, where mapa becomes arithmetic and the store to a peer's
 # shared memory a generic one, ST.E, which these kernels have no other use for. Below, these kernels

@@ -37,7 +37,7 @@ part gates 200 python tools/cuda_gates.py --json "$out/gates.json"
 part pytest 500 python -m pytest -q -m gpu --junitxml "$out/pytest.xml"
 
 part info 60 python -m specforge_ext.cli info
-part stores 300 python -m pytest -q tests/test_store_contract.py -k cuda_ipc
+part stores 500 python -m pytest -q tests/test_store_contract.py -k "cuda_ipc or /gpu"
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then

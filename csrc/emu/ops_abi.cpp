@@ -13,6 +13,7 @@
 #include "pack/block_mask.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
+#include "wire/bytes_crc.h"
 #include "wire/fp8_rows.h"
 
 namespace {
@@ -239,6 +240,14 @@ const char* emu_fp8_unpack(void* payload, void* scale, void* y, int dtype, int64
                           view(y, code(dtype), {rows, width}), view(row_crc, sf::kI32, {rows}),
                           view(summary, sf::kI64, {2}), checksum != 0},
                          {});
+  });
+}
+
+const char* emu_bytes_crc(void* data, int64_t nbytes, void* part_crc, int64_t parts, void* crc) {
+  return guarded([&] {
+    sf::cuda::bytes_crc({view(data, sf::kU8, {nbytes}), view(part_crc, sf::kI32, {parts}),
+                         view(crc, sf::kI64, {1})},
+                        {});
   });
 }
 

@@ -17,6 +17,7 @@
 #include "pack/block_mask.h"
 #include "pack/pack_samples.h"
 #include "pack/ttt_maps.h"
+#include "wire/bytes_crc.h"
 #include "wire/fp8_rows.h"
 
 namespace {
@@ -257,6 +258,15 @@ Bytes fp8_rows(sf::DType dtype, int64_t rows, int64_t width) {
   return all;
 }
 
+Bytes bytes_crc(int64_t nbytes) {
+  const int64_t parts = (nbytes + sf::kCrcPartBytes - 1) / sf::kCrcPartBytes;
+  Tensor data(sf::kU8, {nbytes}), part_crc(sf::kI32, {parts}), crc(sf::kI64, {1});
+  sf::cuda::bytes_crc({data.view(), part_crc.view(), crc.view()}, {});
+  Bytes all;
+  append(all, crc);
+  return all;
+}
+
 // 5 blocks of two samples with an empty one between, which tiles and window cut anywhere.
 Bytes block_mask(int64_t block_size, int64_t window, int64_t q_tile, int64_t kv_tile) {
   const int64_t context = 37, queries = 5 * block_size;
@@ -308,6 +318,8 @@ Bytes all_kernels() {
     // one byte; a chunk; scalar, several warps; vectors, two rounds and two blocks of rows
     for (int64_t width : {1, 16, 1037, 4352}) add(fp8_rows(dtype, 9, width));
   }
+  // nothing; one byte; a whole part; two parts, the second byte by byte; vectors to the end
+  for (int64_t nbytes : {0, 1, 65536, 65536 + 1037, 2 * 65536 + 4112}) add(bytes_crc(nbytes));
   add(block_mask(16, 0, 32, 16));
   add(block_mask(3, 5, 1, 1));  // several warps of columns
   return all;

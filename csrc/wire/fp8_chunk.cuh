@@ -15,6 +15,24 @@ using fp8::f16;
 
 constexpr int kChunkSize = 16;
 
+// Where the chunks of a row lie: the first one may start before the row.
+struct Chunks {
+  int width, count, rounds, unused;  // unused slots, all in the first round
+
+  __device__ __forceinline__ explicit Chunks(int width_)
+      : width(width_),
+        count((width_ + kChunkSize - 1) / kChunkSize),
+        rounds((count + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x)),
+        unused(rounds * static_cast<int>(blockDim.x) - count) {}
+  // Negative: this slot holds no chunk.
+  __device__ __forceinline__ int index(int round) const {
+    return round * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x) - unused;
+  }
+  __device__ __forceinline__ int first(int chunk) const {
+    return width - (count - chunk) * kChunkSize;
+  }
+};
+
 __device__ __forceinline__ float half_to_float(uint32_t bits) {
 #ifdef __CUDA_ARCH__
   float x;

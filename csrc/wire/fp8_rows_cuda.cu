@@ -27,24 +27,6 @@ struct Shared {
   uint32_t crc_partial[kMaxWarps];
 };
 
-// Where the chunks of a row lie: the first one may start before the row.
-struct Chunks {
-  int width, count, rounds, unused;  // unused slots, all in the first round
-
-  __device__ __forceinline__ explicit Chunks(int width_)
-      : width(width_),
-        count((width_ + kChunkSize - 1) / kChunkSize),
-        rounds((count + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x)),
-        unused(rounds * static_cast<int>(blockDim.x) - count) {}
-  // Negative: this slot holds no chunk.
-  __device__ __forceinline__ int index(int round) const {
-    return round * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x) - unused;
-  }
-  __device__ __forceinline__ int first(int chunk) const {
-    return width - (count - chunk) * kChunkSize;
-  }
-};
-
 // One block takes kRowsPerBlock rows, one after another; a thread takes every blockDim-th chunk of
 // 16. A row is read for its maximum and, from the caches, once more for its codes.
 // Moves width * (sizeof(T) + 1) + 4 bytes per row, and 4 more for the checksum (row_crc null:

@@ -22,6 +22,7 @@ __all__: list[str] = [
     "advise_huge_pages",
     "available_isas",
     "block_mask",
+    "bytes_crc",
     "cod_chains",
     "copy_crc32c",
     "copy_crc32c_by",
@@ -41,10 +42,14 @@ __all__: list[str] = [
     "own_keys_grads",
     "own_keys_merge",
     "pack_samples",
+    "ref_from_bytes",
     "ref_is_valid",
+    "ref_to_bytes",
     "row_stats",
     "set_isa",
     "step_sums",
+    "stored_sample",
+    "tensor_views",
     "ttt_counts",
     "ttt_fill",
 ]
@@ -152,6 +157,12 @@ class ArenaConsumer:
         """
         The slot's bytes, until the last buffer of the result is gone. StaleRef.
         """
+    def open(
+        self, ref: typing.Any, store: str, layout_hash: str, from_dlpack: typing.Any
+    ) -> typing.Any:
+        """
+        A leased StoredSample; None for a ref of another. StaleRef.
+        """
     def reap(self) -> int:
         """
         Free the slots an ended producer was writing; how many they were.
@@ -165,67 +176,6 @@ class ArenaConsumer:
         """
         (address, nbytes) of the slots' pages and of the payload.
         """
-
-class DeviceArenaReservation:
-    def abort(self) -> None: ...
-    def dlpack(
-        self, device_type: typing.SupportsInt | typing.SupportsIndex = 2
-    ) -> typing_extensions.CapsuleType:
-        """
-        The bytes as a DLPack capsule. Drop what is made of it at `publish`.
-        """
-    def publish(self) -> None:
-        """
-        What was written must be complete: not queued on a stream.
-        """
-    @property
-    def generation(self) -> int: ...
-    @property
-    def is_open(self) -> bool: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def slot(self) -> int: ...
-
-class DeviceArenaProducer:
-    def __init__(
-        self,
-        device: typing.SupportsInt | typing.SupportsIndex,
-        capacity_bytes: typing.SupportsInt | typing.SupportsIndex,
-        max_slots: typing.SupportsInt | typing.SupportsIndex,
-        *,
-        high_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
-        low_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
-    ) -> None:
-        """
-        Payload in the memory of the GPU of this ordinal. RuntimeError without driver or room.
-        """
-    def acquire(
-        self,
-        nbytes: typing.SupportsInt | typing.SupportsIndex,
-        timeout_s: typing.SupportsFloat | typing.SupportsIndex,
-    ) -> DeviceArenaReservation:
-        """
-        A slot to write to. Waits without the GIL. StoreFull, TransferTimeout.
-        """
-    def discard(
-        self,
-        slot: typing.SupportsInt | typing.SupportsIndex,
-        generation: typing.SupportsInt | typing.SupportsIndex,
-    ) -> None: ...
-    def reap(self) -> int:
-        """
-        Return the leases of ended readers; the number of those readers.
-        """
-    def serve(self, path: str) -> str:
-        """
-        Let readers in at a unix socket; its address for them.
-        """
-    def stats(self) -> dict[str, int]: ...
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def regions(self) -> list[tuple[int, int]]: ...
 
 class DeviceArenaLease:
     def dlpack(
@@ -261,6 +211,73 @@ class DeviceArenaConsumer:
     @property
     def producer_alive(self) -> bool: ...
 
+class DeviceArenaReservation:
+    def abort(self) -> None: ...
+    def dlpack(
+        self, device_type: typing.SupportsInt | typing.SupportsIndex = 2
+    ) -> typing_extensions.CapsuleType:
+        """
+        The bytes as a DLPack capsule. Drop what is made of it at `publish`.
+        """
+    def publish(self) -> None:
+        """
+        What was written must be complete: not queued on a stream.
+        """
+    @property
+    def address(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+
+class DeviceArenaProducer:
+    def __init__(
+        self,
+        device: typing.SupportsInt | typing.SupportsIndex,
+        capacity_bytes: typing.SupportsInt | typing.SupportsIndex,
+        max_slots: typing.SupportsInt | typing.SupportsIndex,
+        *,
+        high_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+        low_watermark: typing.SupportsFloat | typing.SupportsIndex = 1.0,
+    ) -> None:
+        """
+        Payload in the memory of the GPU of this ordinal. RuntimeError without driver or room.
+        """
+    def acquire(
+        self,
+        nbytes: typing.SupportsInt | typing.SupportsIndex,
+        timeout_s: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> DeviceArenaReservation:
+        """
+        A slot to write to. Waits without the GIL. StoreFull, TransferTimeout.
+        """
+    def discard(
+        self,
+        slot: typing.SupportsInt | typing.SupportsIndex,
+        generation: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def reader(self) -> DeviceArenaConsumer:
+        """
+        One in this process, of the same addresses: no second mapping of the memory.
+        """
+    def reap(self) -> int:
+        """
+        Return the leases of ended readers; the number of those readers.
+        """
+    def serve(self, path: str) -> str:
+        """
+        Let readers in at a unix socket; its address for them.
+        """
+    def stats(self) -> dict[str, int]: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def regions(self) -> list[tuple[int, int]]: ...
+
 def advise_huge_pages(tensor: torch.Tensor) -> None: ...
 def available_isas() -> list[str]: ...
 def block_mask(
@@ -276,6 +293,16 @@ def block_mask(
     q: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def bytes_crc(
+    data: torch.Tensor,
+    part_crc: torch.Tensor,
+    crc: torch.Tensor,
+    stream: typing.SupportsInt | typing.SupportsIndex = 0,
+) -> None:
+    """
+    part_crc: one for each 64 KiB that were begun.
+    """
+
 def cod_chains(
     loss_mask: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -409,9 +436,19 @@ def pack_samples(
     out_features: collections.abc.Sequence[torch.Tensor],
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def ref_from_bytes(data: bytes) -> typing.Any:
+    """
+    A SampleRef; None for other bytes than ref_to_bytes makes.
+    """
+
 def ref_is_valid(ref: typing.Any) -> bool:
     """
-    False also for values of subclasses of int, str and tuple. AttributeError for no ref.
+    False also for texts beyond ASCII and values of subclasses. AttributeError for no ref.
+    """
+
+def ref_to_bytes(ref: typing.Any) -> bytes | None:
+    """
+    None where ref_is_valid says False.
     """
 
 def row_stats(
@@ -432,6 +469,18 @@ def step_sums(
     sums: torch.Tensor,
     stream: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None: ...
+def stored_sample(extent: typing.Any, ref: typing.Any, from_dlpack: typing.Any) -> typing.Any:
+    """
+    A StoredSample of such views. ValueError for what does not lie in the buffer.
+    """
+
+def tensor_views(
+    extent: typing.Any, tensors: tuple[typing.Any, ...], from_dlpack: typing.Any
+) -> list[typing.Any]:
+    """
+    Views of a buffer, for each of a ref's tensors; codes, then scales of encoded ones.
+    """
+
 def ttt_counts(
     mask: torch.Tensor,
     cu_seqlens: torch.Tensor,

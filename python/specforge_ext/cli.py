@@ -6,37 +6,45 @@ import argparse
 import sys
 from pathlib import Path
 
+from specforge_ext import __version__
 from specforge_ext.export import FORMATS, convert, merge_export
 from specforge_ext.runs import local
 from specforge_ext.runs.check import check
+from specforge_ext.runs.failure import sentence
 from specforge_ext.runs.info import describe
 from specforge_ext.runs.recipe import load, split_arguments
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="specforge-ext", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, build, devices, kernels, transports, engines")
     look = commands.add_parser("check", help="what a recipe asks for and costs; loads no model")
-    look.add_argument("arguments", nargs="*", metavar="RECIPE|key.sub=value")
+    look.add_argument("arguments", nargs="*", metavar="[RECIPE] key.sub=value")
     look.add_argument("--ranks", type=int, default=1, metavar="N", help="of the trainer (1)")
-    run = commands.add_parser("train", help="what torchrun -m specforge_ext.train does")
-    run.add_argument("arguments", nargs="*", metavar="RECIPE|key.sub=value")
+    commands.add_parser("train", help="what torchrun -m specforge_ext.train does", add_help=False)
     _add_convert(commands.add_parser("convert", help="a draft's checkpoint to another format"))
     put = commands.add_parser("merge", help="an mtp export into a copy of its target")
-    for name in ("export", "target", "out"):
-        put.add_argument(name, type=Path)
-    parsed = parser.parse_args(arguments)
+    put.add_argument("export", type=Path, help="RUN/export, the directory with its tensors")
+    put.add_argument("target", type=Path, help="the target's Hugging Face folder")
+    put.add_argument("out", type=Path, help="directory to write, which must not be there yet")
+    # Assignments may follow an option, which argparse does not see as one list with those before.
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command == "train":
+        return local.main(rest)
+    taken = parsed.command == "check"
+    assignments = [text for text in rest if taken and not text.startswith("-")]
+    if unknown := [text for text in rest if text not in assignments]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if parsed.command == "convert":
         return _convert(parsed)
-    if parsed.command == "info":
-        print(describe())
-        return 0
     if parsed.command == "merge":
         return _merge(parsed.export, parsed.target, parsed.out)
     if parsed.command == "check":
-        return _check(parsed.arguments, ranks=parsed.ranks)
-    return local.main(parsed.arguments)
+        return _check([*parsed.arguments, *assignments], ranks=parsed.ranks)
+    print(describe())
+    return 0
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +77,8 @@ def _convert(parsed: argparse.Namespace) -> int:
             depth=parsed.depth,
             ignored=tuple(parsed.ignore),
         )
-    except ValueError as error:
-        print(f"convert: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"convert: {sentence(error)}", file=sys.stderr)
         return 1
     print(done)
     return 0
@@ -79,8 +87,8 @@ def _convert(parsed: argparse.Namespace) -> int:
 def _merge(export: Path, target: Path, out: Path) -> int:
     try:
         written = merge_export(export, target, out)
-    except ValueError as error:
-        print(f"specforge-ext: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"specforge-ext: {sentence(error)}", file=sys.stderr)
         return 2
     print(f"{out}: {len(written)} file(s) written, the others are links to {target}")
     return 0
@@ -93,8 +101,8 @@ def _check(arguments: list[str], *, ranks: int) -> int:
         return 2
     try:
         recipe = load(*split_arguments(arguments))
-    except ValueError as error:
-        print(f"problem: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"problem: {sentence(error)}", file=sys.stderr)
         return 2
     result = check(recipe, ranks=ranks)
     print(result.render())

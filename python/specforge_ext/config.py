@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from specforge_ext.registry import unknown_name
 
@@ -38,6 +45,13 @@ def _kinds(annotation: Any) -> set[Any]:
     parts = get_args(annotation)
     return {kind for part in parts for kind in _kinds(part)} if parts else {annotation}
 
+
+def _word(value: object) -> object:
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
+"""Of a field that YAML, and so an override, would make a boolean of: on and off are words."""
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -78,7 +92,10 @@ def _explain(model: type[BaseModel], error: Any, where: str) -> str:
         return f"{key}: {unknown_name('key', path[-1], known)}"
     if error["type"] == "missing":
         return f"{key}: required, but not given"
-    return f"{key}: {error['msg']}, got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and ", got " in message:  # of a section: too much to repeat
+        return f"{key}: {message}"
+    return f"{key}: {message}, got {error['input']!r}"
 
 
 def _owner(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
@@ -93,8 +110,12 @@ def _owner(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe file as plain data. ValueError if it is not a mapping."""
-    data = _yaml(path.read_text(encoding="utf-8"), where=str(path))
+    """A recipe file as plain data. ValueError if it is not a mapping, or has a key twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: wanted YAML in UTF-8: {error}") from None
+    data = _yaml(text, where=str(path))
     if not isinstance(data, dict):
         raise ValueError(f"{path}: wanted a mapping at the top, got {type(data).__name__}")
     return data
@@ -118,9 +139,23 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return out
 
 
+class _NoKeyTwice(yaml.SafeLoader):
+    """YAML forbids equal keys in a mapping, PyYAML takes the last of them without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str, *, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_NoKeyTwice)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}: not valid YAML: {reason}") from None

@@ -40,5 +40,5 @@ def unknown_name(kind: str, name: str, known: list[str]) -> str:
     """A sentence for an error: what is unknown, the nearest known name, all known names."""
     close = difflib.get_close_matches(name, known, n=3)
     near = [other for other in close if other.startswith(name)] or close
-    hint = f", did you mean {near[0]!r}?" if near else ""
+    hint = f", did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(known))}"

@@ -39,6 +39,7 @@ std::mutex mutex;
 std::map<Handle, int> handles;  // -> memfd
 std::map<Pointer, Range> ranges;
 Handle last_handle = 0;
+int num_flushes = 0;
 
 int num_devices() {
   const char* text = std::getenv("FAKE_CUDA_DEVICES");
@@ -65,6 +66,18 @@ extern "C" {
 int fake_cuda_live() {
   const std::lock_guard lock(mutex);
   return static_cast<int>(handles.size() + ranges.size());
+}
+
+// For tests: how often remote writes were flushed.
+int fake_cuda_flushes() {
+  const std::lock_guard lock(mutex);
+  return num_flushes;
+}
+
+Result cuFlushGPUDirectRDMAWrites(int target, int scope) {
+  const std::lock_guard lock(mutex);
+  ++num_flushes;
+  return target == 0 && scope == 100 ? 0 : kInvalidValue;
 }
 
 Result cuInit(unsigned) { return 0; }

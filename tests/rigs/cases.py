@@ -11,8 +11,8 @@ class Case:
 
     recipe, assignments: of `specforge_ext.train`. depth: tokens drafted a step.
     vllm: method of --speculative-config; sglang: value of --speculative-algorithm; None where the
-    server has no such method. block: drafts a block in one pass. more: further --speculative-*
-    arguments of SGLang.
+    server has no such method. block: drafts a block in one pass. parallel: so does a chain, which
+    vLLM wants to be told. more: further --speculative-* arguments of SGLang.
     """
 
     name: str
@@ -22,10 +22,17 @@ class Case:
     vllm: str | None = None
     sglang: str | None = None
     block: bool = False
+    parallel: bool = False
     more: tuple[tuple[str, str], ...] = ()
 
     def vllm_config(self, draft: str) -> dict[str, object]:
-        return {"method": self.vllm, "model": draft, "num_speculative_tokens": self.depth}
+        parallel = {"parallel_drafting": True} if self.parallel else {}
+        return {
+            "method": self.vllm,
+            "model": draft,
+            "num_speculative_tokens": self.depth,
+            **parallel,
+        }
 
     def sglang_arguments(self, draft: str) -> list[str]:
         """SGLang counts the known token among those of a verify step."""
@@ -59,6 +66,14 @@ CASES = (
         assignments=("order.epochs=1", "method.aux_layer_ids=[1,3,6]"),
         vllm="eagle3",
         sglang="EAGLE3",
+    ),
+    Case(
+        "peagle",
+        depth=4,
+        recipe="demo-peagle",
+        assignments=("order.epochs=1",),
+        vllm="eagle3",
+        parallel=True,
     ),
     Case(
         "dflash",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
@@ -28,7 +30,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self._local = local
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.file_of(name), framework="pt", device="cpu") as file:
+        with _opened(self.file_of(name)) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -62,7 +64,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         if self._list is None:
             return {}
         if self._list.name == WEIGHTS:
-            with safe_open(self._list, framework="pt", device="cpu") as file:
+            with _opened(self._list) as file:
                 return dict.fromkeys(file.keys(), WEIGHTS)
         table = json.loads(self._list.read_text(encoding="utf-8")).get("weight_map")
         if not isinstance(table, dict):
@@ -92,3 +94,14 @@ class CheckpointTensors(Mapping[str, Tensor]):
             _raise_exceptions_for_missing_entries=False,
         )
         return None if found is None else Path(found)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """ValueError for a file that was cut, or is of another format."""
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: wanted a whole safetensors file: {error}") from None
+    with file:
+        yield file

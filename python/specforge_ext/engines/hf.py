@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from torch import Tensor
 
 from specforge_ext.assets import demo_target_path
@@ -46,6 +47,13 @@ class HfConfig(Config):
     max_batch_tokens: PositiveInt = 4096
     generate_batch_size: PositiveInt = 128
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"wanted auto, cpu or cuda[:index], got {device!r}")
+        return device
 
 
 class HfEngine:
@@ -280,10 +288,7 @@ def _path(model: str) -> str:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: wanted auto, cpu or cuda[:index], got {name!r}") from None
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted {name!r}, but torch finds no CUDA device")
     return device

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
@@ -63,7 +64,7 @@ def load_model(
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, attn_implementation=attention, local_files_only=local
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"model: wanted a directory or a hub name of a causal LM, got {path!r}: {error}"
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from specforge_ext.export.checkpoint import write
+from specforge_ext.export.checkpoint import CONFIG, WEIGHTS, write
 from specforge_ext.export.formats import (
     FORMATS,
     Portable,
@@ -66,6 +66,7 @@ def convert(
         raise ValueError(f"--target-name: wanted --target beside it, got {target_name!r} alone")
     if source.resolve() == dest.resolve():
         raise ValueError(f"DEST: wanted another directory than SOURCE, got {dest}")
+    check_dest(dest)
     notes: list[str] = []
     known = Target.read(target, name=target_name) if target is not None else None
     came, draft = interpret(
@@ -83,6 +84,19 @@ def convert(
     _compare(held, again)
     write(DraftCheckpoint(tensors, settings), dest)
     return Converted(draft.method, came, to, len(tensors), tuple(notes))
+
+
+def check_dest(dest: Path) -> None:
+    """ValueError if `dest`, which is replaced, is a file or holds other things than a draft."""
+    if dest.exists() and not dest.is_dir():
+        raise ValueError(f"DEST: wanted a directory to write, got the file {dest}")
+    kept = sorted(p.name for p in dest.iterdir()) if dest.is_dir() else []
+    foreign = [name for name in kept if name not in (WEIGHTS, CONFIG)]
+    if foreign:
+        raise ValueError(
+            f"DEST: wanted a new directory, or one with {WEIGHTS} and {CONFIG} only, since it is "
+            f"replaced as a whole; {dest} has {foreign[0]!r}"
+        )
 
 
 def _compare(wanted: Portable, came: Portable) -> None:

@@ -7,7 +7,6 @@ are written anew, under their names, and the index stays right. All others are l
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge_ext.export.checkpoint import WEIGHTS
+from specforge_ext.export.checkpoint import read_config, read_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -55,18 +54,17 @@ def merge(tensors: Mapping[str, Tensor], target: Path, out: Path) -> tuple[Path,
 
 
 def merge_export(export: Path, target: Path, out: Path) -> tuple[Path, ...]:
-    """`merge` the tensors of an export's directory. ValueError if it has none."""
-    weights = Path(export) / WEIGHTS
-    if not weights.is_file():
-        raise ValueError(f"{weights}: wanted the weights of an export, got no such file")
-    return merge(load_file(weights), target, out)
+    """`merge` the tensors of an export's directory. ValueError if it has none that can be read."""
+    return merge(read_tensors(Path(export)), target, out)
 
 
 def _files(target: Path) -> dict[str, str]:
     """The file of each tensor."""
     index = target / INDEX
     if index.is_file():
-        table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = read_config(target, name=INDEX).get("weight_map")
+        if not isinstance(table, dict):
+            raise ValueError(f"{index}: wanted a weight_map of names to files, got {table!r}")
         return table
     shards = sorted(path for path in target.glob("*.safetensors") if path.is_file())
     if len(shards) != 1:
@@ -78,6 +76,11 @@ def _files(target: Path) -> dict[str, str]:
 
 
 def _check(tensors: Mapping[str, Tensor], target: Path, files: Mapping[str, str]) -> None:
+    if tensors and not tensors.keys() & files.keys():
+        raise ValueError(
+            f"merge into {target}: wanted an mtp export, whose tensors the target has too, got "
+            f"{len(tensors)} that it has not: {', '.join(sorted(tensors)[:3])}, ..."
+        )
     problems = [f"{name}: the target has none" for name in sorted(tensors.keys() - files.keys())]
     for name in sorted(tensors.keys() & files.keys()):
         with safe_open(target / files[name], framework="pt", device="cpu") as file:

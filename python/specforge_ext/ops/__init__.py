@@ -20,6 +20,7 @@ corrected_label_loss  the same with and without a low-rank correction of the log
 two_head_loss   loss of rows whose logits are a frozen head's and a trained narrow one's, added
 fp8_pack        a feature as e4m3 codes, a scale per token and layer, and a checksum
 fp8_unpack      and back, the checksum compared
+crc32c          of bytes, on the device where they lie
 """
 
 from specforge_ext.ops._chunks import default_workspace_bytes
@@ -41,7 +42,7 @@ from specforge_ext.ops.results import (
 from specforge_ext.ops.rows import loss_rows_, row_stats
 from specforge_ext.ops.teacher_stats import teacher_stats
 from specforge_ext.ops.two_head_loss import TwoHeadLoss, two_head_loss
-from specforge_ext.ops.wire import CorruptRows, Fp8Rows, fp8_pack, fp8_unpack
+from specforge_ext.ops.wire import CorruptRows, Fp8Rows, crc32c, fp8_pack, fp8_unpack
 
 __all__ = [
     "BlockMaskTensors",
@@ -58,6 +59,7 @@ __all__ = [
     "block_mask_tensors",
     "cod_chains",
     "corrected_label_loss",
+    "crc32c",
     "default_workspace_bytes",
     "draft_first_permutation",
     "draft_loss",

@@ -1,6 +1,7 @@
-"""The wire encoding `fp8_e4m3_row`: e4m3 codes, one float32 scale per token and layer, one crc32c.
+"""The wire encoding `fp8_e4m3_row`: e4m3 codes, one float32 scale per token and layer, one crc32c;
+and the crc32c of bytes that are not encoded.
 
-Definition: csrc/wire/fp8_rows.h, and in plain torch `ops.reference.wire`.
+Definition: csrc/wire/{fp8_rows,bytes_crc}.h, and in plain torch `ops.reference.wire`.
 Legend: T tokens, L layers, W width of a layer; N = T * L rows.
 """
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from specforge_ext import _C
 from specforge_ext.ops._native import check, stream_of
 
+_CRC_PART_BYTES = 64 << 10
+"""kCrcPartBytes (csrc/wire/bytes_crc.h)."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,6 +68,18 @@ def _workspace(scale_N: Tensor) -> tuple[Tensor, Tensor]:
         scale_N.new_empty(scale_N.shape, dtype=torch.int32),
         scale_N.new_empty(2, dtype=torch.int64),
     )
+
+
+def crc32c(data: Tensor) -> int:
+    """Of bytes where they lie: [nbytes] uint8, contiguous, on the CPU or a GPU.
+
+    Waits for the device. ValueError for another tensor, or for one on a GPU if this was built
+    without CUDA.
+    """
+    part_crc = data.new_empty(-(-data.numel() // _CRC_PART_BYTES), dtype=torch.int32)
+    crc = data.new_empty(1, dtype=torch.int64)
+    _C.bytes_crc(data, part_crc, crc, stream_of(data))
+    return int(crc)
 
 
 def fp8_pack(

@@ -75,6 +75,10 @@ class PromptSet(Sequence[Prompt]):
 class PromptSource(Protocol):
     """A kind of prompts, made from its own config. Registered in `prompts.PROMPTS`."""
 
+    def check(self) -> None:
+        """ValueError if a file that it reads is not there; the message begins with the key."""
+        ...
+
     def content_key(self) -> str:
         """Changes when the texts do, before the target has written anything; the same elsewhere."""
         ...

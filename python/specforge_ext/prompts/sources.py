@@ -63,10 +63,13 @@ class JsonlPrompts:
             template_options=config.template_options,
         )
 
+    def check(self) -> None:
+        for path in self._config.paths:
+            check_file(path)
+
     def load(self, tokenizer: Tokenizer, generate: Generate | None = None) -> PromptSet:
         config = self._config
-        for path in config.paths:
-            check_file(path)
+        self.check()
         if config.regenerate != "none":
             if generate is None:
                 raise ValueError(
@@ -80,8 +83,7 @@ class JsonlPrompts:
 
     def content_key(self) -> str:
         options = self._config.model_dump(mode="json", exclude={"paths", "cache_dir"})
-        for path in self._config.paths:
-            check_file(path)
+        self.check()
         return content_key(self._config.paths, options)
 
     def longest(self, *, max_new_tokens: int) -> int:
@@ -132,6 +134,9 @@ class PythonStdlibPrompts:
             raise ValueError("python_stdlib: wanted a target to continue the prefixes, got none")
         prefixes = self.prefixes(tokenizer)
         return build_training_prompts(prefixes, generate(prefixes))
+
+    def check(self) -> None:
+        """The interpreter's library is always there."""
 
     def content_key(self) -> str:
         digest = hashlib.sha256(self._config.model_dump_json().encode())

@@ -35,6 +35,9 @@ def open_tokenizer(model: str) -> Tokenizer:
             f"model: wanted a fast tokenizer (tokenizer.json) in {path!r}, "
             f"got {type(tokenizer).__name__}"
         )
+    if len(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)) < 2:
+        # transformers makes an empty one where the files are missing.
+        raise ValueError(f"model: found no tokenizer in {path!r}: its vocabulary is empty")
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from specforge_ext.records import FeatureLayout, TargetSpec, TargetWeights
 from specforge_ext.runs.data import prompt_source
 from specforge_ext.runs.drafts import method_of
 from specforge_ext.runs.estimate import Batch, Memory, memory, num_parameters, step_work, together
+from specforge_ext.runs.ready import missing_data
 from specforge_ext.runs.recipe import Recipe
 from specforge_ext.runs.room import IDS_AND_MASK_BYTES, room_needed
 from specforge_ext.store import STORES
@@ -103,6 +104,7 @@ class _Check:
 
     def _data(self, target: TargetSpec) -> None:
         order, longest = self._recipe.order, self._longest
+        self._notes += missing_data(self._recipe)
         room = target.max_position_embeddings
         self._say("prompts", f"up to {longest} tokens")
         if longest > room:

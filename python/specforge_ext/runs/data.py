@@ -93,7 +93,10 @@ def prepare(
         source = prompt_source(getattr(config, split), where=f"data.{split}")
         key = fingerprint(config, source, engine, tokenizer_hash(tokenizer), seed)
         generate = _writer(config.generate, engine, seed, progress, split)
-        cached(directory, key, partial(source.load, tokenizer, generate))
+        try:
+            cached(directory, key, partial(source.load, tokenizer, generate))
+        except ValueError as error:
+            raise ValueError(f"data.{split}: {error}") from error
         files[split] = str(directory / f"prompts-{key}.safetensors")
     return files
 

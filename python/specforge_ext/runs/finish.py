@@ -97,6 +97,11 @@ def finish(
     say(str(check))
     say(f"export: {directory}")
     fingerprint = parameters_sha256(draft)
+    if len(prompts) < recipe.evaluate.num_prompts:
+        say(
+            f"evaluate.num_prompts: wanted {recipe.evaluate.num_prompts}, data.heldout has "
+            f"{len(prompts)}{'' if prompts else ': nothing is evaluated'}"
+        )
     if not prompts:
         return Finished(directory, check.ok, fingerprint)
     served = method.restore(read_strict(directory, method), weights)

@@ -23,8 +23,14 @@ from specforge_ext.store.base import ProducerLost, TransferTimeout, UnknownEncod
 from specforge_ext.store.ref import ref_from_json
 
 LOG_TAIL_BYTES = 2000
+LAST_WORDS = "cannot go on: "
+"""In the producer's log, before its reason to end."""
 OBITUARY_S = 5.0
 """A process that closed its sockets may take a moment to end."""
+
+
+class ProducerRefused(RuntimeError):
+    """The producer cannot make what was asked for, and says why."""
 
 
 class ProducerProcess:
@@ -35,6 +41,7 @@ class ProducerProcess:
         self.socket_path = str(self._directory / "producer.sock")
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = log_path.stat().st_size if log_path.exists() else 0
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -67,13 +74,16 @@ class ProducerProcess:
                     raise TransferTimeout("the producer process to listen", timeout_s) from None
 
     def obituary(self) -> str:
-        """How the process ended, and the end of its log."""
+        """How the process ended, and its last words or the end of what it logged."""
         try:
             end = f"ended with code {self._process.wait(timeout=OBITUARY_S)}"
         except subprocess.TimeoutExpired:
             end = "is still running"
-        tail = self.log_path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-        return f"producer process {end}; {self.log_path} ends:\n{tail}"
+        said = self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
+        _, last_words, reason = said.rpartition(LAST_WORDS)
+        if last_words:
+            return f"producer process {end}, log in {self.log_path}; {LAST_WORDS}{reason.strip()}"
+        return f"producer process {end}; {self.log_path} ends:\n{said[-LOG_TAIL_BYTES:]}"
 
     def close(self) -> None:
         """Ask it to end by closing its input; kill it after 5 s."""
@@ -156,7 +166,7 @@ class ProducerLink:
     def _expect(self, *ops: str, timeout_s: float, what: str) -> Message:
         message = self._connection.receive(timeout_s=timeout_s, what=what)
         if message["op"] == "error":
-            raise RuntimeError(f"the producer refused: {message['text']}")
+            raise ProducerRefused(f"the producer refused: {message['text']}")
         if message["op"] not in ops:
             raise RuntimeError(f"the producer sent {message['op']!r} instead of {' or '.join(ops)}")
         return message

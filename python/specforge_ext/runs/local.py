@@ -35,11 +35,13 @@ from specforge_ext.loader import (
 )
 from specforge_ext.methods import Method
 from specforge_ext.records import DraftVocab, TargetWeights
+from specforge_ext.runs import failure
 from specforge_ext.runs.data import Dataset, read_dataset
 from specforge_ext.runs.drafts import feature_union, method_of
 from specforge_ext.runs.finish import Finished, finish
 from specforge_ext.runs.link import ProducerLink, ProducerProcess
-from specforge_ext.runs.recipe import Recipe, load, split_arguments
+from specforge_ext.runs.ready import ready
+from specforge_ext.runs.recipe import Recipe, load, shipped, split_arguments
 from specforge_ext.runs.room import check_room
 from specforge_ext.runs.say import Say
 from specforge_ext.store import STORES
@@ -53,6 +55,12 @@ from specforge_ext.trainer import (
     World,
     open_world,
 )
+
+USAGE = f"""usage: torchrun [--nproc-per-node N] -m specforge_ext.train [RECIPE] [key.sub=value ...]
+
+RECIPE is a YAML file, or the name of a recipe of the package: {", ".join(shipped())}.
+Without one: demo. Any key of it can be given another value: trainer.lr=1e-3 output_dir=runs/a.
+`specforge-ext check RECIPE` says what a recipe needs and costs. More: docs/recipes.md."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,12 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     its own summary.json, under `drafts` in the run's.
     """
     began = time.perf_counter()
-    say = Say(began, quiet=int(os.environ.get("RANK", "0")) != 0)
+    rank = int(os.environ.get("RANK", "0"))
+    with ready(recipe, rank=rank):
+        return _run(recipe, Say(began, quiet=rank != 0), began)
+
+
+def _run(recipe: Recipe, say: Say, began: float) -> dict[str, Any] | None:
     with open_world(timeout_s=recipe.trainer.collective_timeout_s) as world, ExitStack() as stack:
         torch.set_num_threads(threads_each(recipe, world))
         producer = _start_producer(recipe, world, stack, say)
@@ -126,18 +139,35 @@ def _finish(trained: TrainedAll, one: Trained, name: str, say: Say, began: float
 def main(arguments: list[str]) -> int:
     """`[RECIPE] [key.sub=value ...]`; no recipe is the demo.
 
-    0 when the run finished, or was stopped by SIGTERM after saving; 2 on a bad recipe.
+    0 when the run finished, or was stopped by a signal after saving; 1 when it failed, or an export
+    is not what was trained; 2 on a bad recipe; 130 on Ctrl-C where there was nothing to save.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
     logging.basicConfig(format="%(name)s: %(message)s")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.getLogger("specforge_ext").setLevel(level)
     try:
         recipe = load(*split_arguments(arguments))
-    except ValueError as error:
-        print(f"specforge_ext: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        failure.report(error)
         return 2
-    run(recipe)
-    return 0
+    try:
+        summary = run(recipe)
+    except failure.EXPECTED as error:
+        failure.report(error, recipe.output_dir)
+        return 1
+    except KeyboardInterrupt:
+        print("specforge_ext: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0 if summary is None or _exports_hold(summary) else 1
+
+
+def _exports_hold(summary: dict[str, Any]) -> bool:
+    """Whether every export was read back as what was trained; the log names what differs."""
+    drafts = summary.get("drafts", {"": summary})
+    return all(one["export_check"] for one in drafts.values())
 
 
 def threads_each(recipe: Recipe, world: World) -> int:

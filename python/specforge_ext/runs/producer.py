@@ -35,11 +35,13 @@ from specforge_ext.copies import copied, counting
 from specforge_ext.engines import ENGINES, Engine
 from specforge_ext.records import Encoding, FeatureLayout, Prompt, Sample, SampleRef
 from specforge_ext.runs import data as run_data
+from specforge_ext.runs import failure
 from specforge_ext.runs.drafts import feature_union
+from specforge_ext.runs.link import LAST_WORDS
 from specforge_ext.runs.recipe import Recipe, build
 from specforge_ext.runs.wire import Connection, Message, accept, listen
 from specforge_ext.store import STORES
-from specforge_ext.store.base import ProducerLost, StoreError, StoreWriter
+from specforge_ext.store.base import ProducerLost, StoreConfig, StoreError, StoreWriter
 from specforge_ext.store.ref import ref_to_json
 from specforge_ext.store.reserving import Reservations, reserving
 
@@ -79,7 +81,7 @@ class Producer:
         self._engine: Engine = ENGINES.get(kind).open(config)
         self._layout: FeatureLayout = feature_union(recipe, self._engine.spec).layout
         store_kind, store_config = recipe.store
-        self._writer: StoreWriter = STORES.get(store_kind).writer(store_config)
+        self._writer = _open_store(store_kind, store_config)
         self._encoding: Encoding = store_config.encoding
         self._reserving = reserving(self._writer)
         log.info(
@@ -257,6 +259,17 @@ class Producer:
         )
 
 
+def _open_store(kind: str, config: StoreConfig) -> StoreWriter:
+    """StoreError also for what the machine refuses, such as memory."""
+    try:
+        writer: StoreWriter = STORES.get(kind).writer(config)
+    except StoreError:
+        raise
+    except RuntimeError as error:
+        raise StoreError(f"store.kind {kind}: {error}") from error
+    return writer
+
+
 def on_host(feature: Tensor) -> Tensor:
     if feature.device.type != "cpu":
         copied("engine", feature.nbytes)
@@ -312,14 +325,19 @@ def main() -> None:
     parent_fd = sys.stdin.fileno()
     clean_up = partial(remove_socket, Path(start["socket"]))
     threading.Thread(target=end_with_parent, args=(parent_fd, clean_up), daemon=True).start()
+    code = 0
     try:
         with listen(start["socket"]) as listener:
             Producer(recipe, listener, parent_fd).serve()
+    except failure.EXPECTED as error:
+        log.exception("ended by an error")
+        log.error("%s%s", LAST_WORDS, failure.sentence(error))
+        code = 1
     finally:
         clean_up()
     # Engines may leave threads of their own; the work is done.
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

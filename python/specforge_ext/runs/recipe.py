@@ -36,7 +36,7 @@ class EvaluateConfig(Config):
     depth: int = Field(default=4, ge=1)
     temperatures: tuple[NonNegativeFloat, ...] = (0.0, 0.8)
     baselines: bool = True
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _has_full_rounds(self) -> Self:
@@ -63,7 +63,7 @@ class RunConfig(Config):
     signs of progress while it writes the data.
     """
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     num_threads: int | None = Field(default=None, ge=1)
     start_timeout_s: float = Field(default=300.0, gt=0)
     prepare_timeout_s: float = Field(default=600.0, gt=0)
@@ -129,11 +129,19 @@ def find(recipe: str) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    shipped = RECIPES / f"{recipe.removesuffix('.yaml')}.yaml"
-    if shipped.is_file():
-        return shipped
-    known = [p.stem for p in RECIPES.glob("*.yaml")]
-    raise ValueError(f"{recipe}: no such file, and {unknown_name('recipe', recipe, known)}")
+    name = recipe.removesuffix(".yaml")
+    if name in shipped():
+        return RECIPES / f"{name}.yaml"
+    if path.is_dir():
+        raise ValueError(f"{recipe}: wanted a recipe's YAML file, got a directory")
+    raise ValueError(
+        f"{recipe}: no such file, and {unknown_name('recipe', Path(name).name, shipped())}"
+    )
+
+
+def shipped() -> list[str]:
+    """Names of the package's recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def build(data: dict[str, Any]) -> Recipe:
@@ -143,11 +151,14 @@ def build(data: dict[str, Any]) -> Recipe:
             raise ValueError(unknown_name("key", key, list(SECTIONS)))
     if not isinstance(data.get("name"), str):
         raise ValueError(f"name: wanted the name of the recipe, got {data.get('name')!r}")
+    output_dir = data.get("output_dir") or f"runs/{data['name']}"
+    if not isinstance(output_dir, str):
+        raise ValueError(f"output_dir: wanted the path of a folder, got {output_dir!r}")
     if "drafts" in data:
         parts = _drafts(data)
         first = next(iter(parts.values()))
-        output_dir = first.output_dir.parent
-        return replace(first, name=data["name"], output_dir=output_dir, source=data, drafts=parts)
+        folder = first.output_dir.parent
+        return replace(first, name=data["name"], output_dir=folder, source=data, drafts=parts)
     texts = _section(DataConfig, data, "data")
     for split in SPLITS:
         prompt_source(getattr(texts, split), where=f"data.{split}")
@@ -156,7 +167,7 @@ def build(data: dict[str, Any]) -> Recipe:
     check_depth(METHODS.get(method[0])(method[1]), evaluation)
     return Recipe(
         name=data["name"],
-        output_dir=Path(data.get("output_dir") or f"runs/{data['name']}"),
+        output_dir=Path(output_dir),
         run=_section(RunConfig, data, "run"),
         engine=_kind(ENGINES, data, "engine"),
         data=texts,

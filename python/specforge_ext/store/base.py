@@ -101,8 +101,9 @@ class Capabilities:
     which is the one asked for. zero_copy: views are of the memory that `put` wrote. across_hosts:
     readers may be on other hosts. outlives_producer: what was put stays readable when its process
     died.
-    on_gpu: `put` takes tensors of a GPU as they are, and views of features are of its memory. Who
-    queues work on such views waits for it before the lease is released.
+    on_gpu: a writer's `put` takes tensors of a GPU as they are; a reader's views of features are of
+    its memory, and checksums are verified there. Who queues work on such views waits for it before
+    the lease is released.
     """
 
     kind: str

@@ -49,6 +49,7 @@ def rungs(facts: Facts, *, locked_bytes: int = 256 << 20) -> list[Rung]:
         _host_rdma(facts, locked_bytes),
         _shm_page_locked(facts),
         Rung("shm", "store.kind=shm"),
+        _gpu_tcp(facts),
         Rung("tcp", "store.kind=mooncake_p2p store.protocol=tcp", _mooncake(facts)),
     ]
 
@@ -59,14 +60,40 @@ def best(ladder: list[Rung]) -> Rung:
 
 
 def _gpu_rdma(facts: Facts) -> Rung:
-    missing = [*_gpu(facts), *_network(facts), *_mooncake(facts)]
-    if not facts.no_mooncake and not facts.mooncake_cuda:
-        missing.append("this build of Mooncake has no CUDA and cannot register GPU memory")
+    missing = [*_gpu_arena(facts), *_network(facts), *_mooncake_with_cuda(facts)]
     reachable = [gpu for gpu in facts.gpus if gpu.dma_buf or (gpu.rdma and facts.peer_memory)]
     if facts.gpus and not reachable:
         missing.append(_unreachable(facts))
-    missing.append("no store of this version registers GPU memory with a network card")
-    return Rung("gpu_rdma", "", tuple(missing))
+    elif facts.gpus and not any(gpu.vmm_rdma for gpu in reachable):
+        missing.append("no network card reaches memory of cuMemCreate (attribute 110)")
+    elif facts.gpus and not any(gpu.rdma_ordered or gpu.rdma_flush for gpu in reachable):
+        missing.append(
+            "kernels may not see what a network card has written (attributes 117 and 118)"
+        )
+    ask = "store.kind=mooncake_p2p store.protocol=rdma store.direct=on"
+    return Rung("gpu_rdma", ask, tuple(missing))
+
+
+def _gpu_tcp(facts: Facts) -> Rung:
+    missing = [*_gpu_arena(facts), *_mooncake_with_cuda(facts)]
+    ask = "store.kind=mooncake_p2p store.protocol=tcp store.direct=on"
+    return Rung("gpu_tcp", ask, tuple(missing), "by way of the host, at either end")
+
+
+def _gpu_arena(facts: Facts) -> list[str]:
+    """What keeps samples from lying in the memory of a GPU."""
+    missing = _gpu(facts)
+    if facts.no_kernels:
+        missing.append(facts.no_kernels)
+    if facts.gpus and not any(gpu.vmm and gpu.vmm_fd for gpu in facts.gpus):
+        missing.append("no GPU's memory can be shared as a file descriptor (attributes 102, 103)")
+    return missing
+
+
+def _mooncake_with_cuda(facts: Facts) -> list[str]:
+    if not facts.no_mooncake and not facts.mooncake_cuda:
+        return ["this build of Mooncake has no CUDA and cannot register GPU memory"]
+    return list(_mooncake(facts))
 
 
 def _unreachable(facts: Facts) -> str:
@@ -76,13 +103,8 @@ def _unreachable(facts: Facts) -> str:
 
 
 def _gpu_vmm(facts: Facts) -> Rung:
-    missing = _gpu(facts)
-    if facts.no_kernels:
-        missing.append(facts.no_kernels)
-    missing += _two_processes(facts)
+    missing = [*_gpu_arena(facts), *_two_processes(facts)]
     shared = [gpu for gpu in facts.gpus if gpu.vmm and gpu.vmm_fd]
-    if facts.gpus and not shared:
-        missing.append("no GPU's memory can be shared as a file descriptor (attributes 102, 103)")
     return Rung("gpu_vmm", "store.kind=cuda_ipc", tuple(missing), _vmm_note(facts, shared))
 
 

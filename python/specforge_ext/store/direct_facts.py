@@ -7,7 +7,6 @@ Nothing here makes a CUDA context.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,17 +25,25 @@ ATTRIBUTES = {
     "vmm_rdma": 110,
     "read_only_register": 113,
     "rdma": 116,
+    "rdma_flush": 117,
+    "rdma_ordered": 118,
     "dma_buf": 124,
     "ipc_event": 125,
 }
 """Numbers of CUdevice_attribute (cuda.h)."""
 
+NUMBERS = ("compute_mode", "rdma_flush", "rdma_ordered")
+"""Those that say more than yes or no."""
+
 PEER_MEMORY = ("nvidia_peermem", "nv_peer_mem")
 """Kernel modules, the driver's own and its predecessor, that let network cards read GPU memory."""
+FLUSH_BY_HOST = 1
+"""Of the bits of attribute 117 (CUflushGPUDirectRDMAWritesOptions)."""
+ORDERED_FOR_OWNER = 100
+"""Of attribute 118: from here on the GPU's own kernels need no flush."""
 CAP_IPC_LOCK = 14
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 CONTAINER_MARKS = (".dockerenv", "run/.containerenv")
-MOONCAKE_WITH_CUDA = ("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Gpu:
 
     vmm, vmm_fd: memory by cuMemCreate, and its export as a file descriptor. rdma, dma_buf: network
     cards may reach it, through nvidia_peermem or a dma_buf; vmm_rdma: memory by cuMemCreate too.
+    rdma_ordered: what they have written is seen by kernels that start later; rdma_flush: by a call
+    of the driver.
     read_only_register: pages that are mapped read-only can be page-locked. peers: indices of GPUs
     whose memory it reaches.
     """
@@ -58,6 +67,8 @@ class Gpu:
     read_only_register: bool
     rdma: bool
     dma_buf: bool
+    rdma_ordered: bool
+    rdma_flush: bool
     ipc_event: bool
     peers: tuple[int, ...]
 
@@ -108,7 +119,7 @@ def probe(root: Path = Path("/")) -> Facts:
         peer_memory=peer_memory(root),
         memlock_bytes=memlock_bytes(root),
         no_mooncake=mooncake.unavailable(),
-        mooncake_cuda=any(map(_is_installed, MOONCAKE_WITH_CUDA)),
+        mooncake_cuda=mooncake.built_with_cuda(),
         container=in_container(root),
     )
 
@@ -154,7 +165,9 @@ def _gpu(driver: ctypes.CDLL, index: int, count: int) -> Gpu:
         name=name.value.decode(errors="replace"),
         compute_mode=attribute("compute_mode"),
         peers=tuple(i for i, reached in reach.items() if reached),
-        **{key: bool(attribute(key)) for key in ATTRIBUTES if key != "compute_mode"},
+        rdma_ordered=attribute("rdma_ordered") >= ORDERED_FOR_OWNER,
+        rdma_flush=bool(attribute("rdma_flush") & FLUSH_BY_HOST),
+        **{key: bool(attribute(key)) for key in ATTRIBUTES if key not in NUMBERS},
     )
 
 
@@ -217,11 +230,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -7,6 +7,7 @@ ports listen on every interface; keep them within a network that is trusted.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import resource
 import socket
@@ -16,17 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from pydantic import Field
 
 from specforge_ext import _C
+from specforge_ext.config import Switch
+from specforge_ext.store import device_memory, payload
 from specforge_ext.store.base import Capabilities, StoreConfig, StoreError, TransferTimeout
 
 INFINIBAND = Path("/sys/class/infiniband")
 HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's name for: no metadata server, peers ask each other."""
 FORCE_TCP = "MC_FORCE_TCP"
+PEER_MEMORY = "WITH_NVIDIA_PEERMEM"
+"""How it registers GPU memory with a card: 1 (if not set) by nvidia_peermem, 0 by a dma_buf."""
 POOL_SLOTS = 4096
 T = TypeVar("T")
 Protocol = Literal["tcp", "rdma"]
@@ -42,6 +47,10 @@ class MooncakeConfig(StoreConfig):
     pool_bytes: registered memory on the other side of a copy, which bounds the largest sample: each
         reader's, and in mooncake_store the writer's too (None: capacity_bytes).
     read_timeout_s: deadline of reading one sample, and of its wait for room in the reader's pool.
+    direct: samples lie in the memory of a GPU, which Mooncake fills and (mooncake_p2p) reads: where
+        that can be had (auto; the log says if not, and why), always (on: an error where it cannot
+        be), never. Each side has to have a GPU for itself.
+    gpu: ordinal of the producer's (None: torch's current one); readers take their current one.
     """
 
     protocol: Protocol = "tcp"
@@ -50,6 +59,8 @@ class MooncakeConfig(StoreConfig):
     capacity_bytes: int = Field(default=256 << 20, gt=0, le=1 << 46)
     pool_bytes: int | None = Field(default=None, gt=0, le=1 << 46)
     read_timeout_s: float = Field(default=60.0, gt=0)
+    direct: Switch = "off"
+    gpu: int | None = Field(default=None, ge=0)
 
     @property
     def pool_or_capacity_bytes(self) -> int:
@@ -63,10 +74,24 @@ def unavailable() -> str | None:
             importlib.import_module(name)
     except ImportError as error:
         return (
-            f"{error}; wanted pip install 'specforge_ext[mooncake]' and the libraries "
+            f"{error}; wanted pip install '.[mooncake]' in a checkout, and the libraries "
             "libibverbs1 libnuma1 libcurl4"
         )
     return None
+
+
+def built_with_cuda() -> bool:
+    """Whether it can tell a GPU's memory from the host's: its engine is linked with CUDA's runtime.
+    False too where there is none."""
+    found = importlib.util.find_spec("mooncake")
+    folders = found.submodule_search_locations if found is not None else None
+    engines = [path for folder in folders or () for path in Path(folder).glob("engine*.so")]
+    return any(b"libcudart.so" in path.read_bytes() for path in engines)
+
+
+def register_gpu_memory(*, by_peer_memory: bool) -> None:
+    """Say how, to engines that are made later, unless it was said in the environment."""
+    os.environ.setdefault(PEER_MEMORY, str(int(by_peer_memory)))
 
 
 def module(name: str) -> Any:
@@ -111,9 +136,20 @@ def expect_protocol(protocol: Protocol, devices: str) -> None:
         )
 
 
-def registration_error(nbytes: int, code: int) -> StoreError:
+def registration_error(nbytes: int, code: int, *, device: int | None = None) -> StoreError:
+    """device: ordinal of the GPU whose memory it was."""
+    if device is None:
+        where, why = "", memlock_limit()
+    else:
+        where, why = f" of cuda:{device}", f"{PEER_MEMORY}={os.environ.get(PEER_MEMORY)}"
+    return StoreError(f"Mooncake refused to register {nbytes} bytes{where}: error {code}, {why}")
+
+
+def other_bytes(store: str, protocol: str) -> StoreError:
+    """For who has looked at what a transfer brought to, or from, a GPU."""
     return StoreError(
-        f"Mooncake refused to register {nbytes} bytes: error {code}, {memlock_limit()}"
+        f"{store}: store.direct: Mooncake reported success over {protocol}, but brought other "
+        "bytes than lie in the producer's memory"
     )
 
 
@@ -143,13 +179,14 @@ def _has_active_port(device: Path) -> bool:
     return any(state.read_text().strip().endswith("ACTIVE") for state in states)
 
 
-def capabilities_over(kind: str, protocol: str) -> Capabilities:
+def capabilities_over(kind: str, protocol: str, *, on_gpu: bool = False) -> Capabilities:
     return Capabilities(
         kind=kind,
         protocol=protocol,
         zero_copy=False,
         across_hosts=True,
         outlives_producer=False,
+        on_gpu=on_gpu,
     )
 
 
@@ -183,40 +220,76 @@ def has_ended(address: str) -> bool:
     return False
 
 
+Room = _C.ArenaReservation | _C.DeviceArenaReservation
+HeldRoom = TypeVar("HeldRoom", bound=Room)
+
+
 @dataclass(frozen=True)
 class _Quarantined:
-    slot: _C.ArenaReservation
+    slot: Room
     is_over: Callable[[], bool]
 
 
-class Pool:
+class Pool(Generic[HeldRoom]):
     """Memory of this process, registered once, from which samples get extents.
 
     It is an arena that nobody else attaches to: the same allocator, the same lifetime of views.
+    device: ordinal of the GPU in whose memory it lies; None: the host's.
     """
 
-    def __init__(self, nbytes: int, register: Callable[[int, int], int]) -> None:
-        self._arena = _C.ArenaProducer(nbytes, POOL_SLOTS)
-        self._views = _C.ArenaConsumer(self._arena.address)
+    @overload
+    def __init__(
+        self: Pool[_C.ArenaReservation], nbytes: int, register: Callable[[int, int], int]
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Pool[Room], nbytes: int, register: Callable[[int, int], int], *, device: int | None
+    ) -> None: ...
+
+    def __init__(
+        self, nbytes: int, register: Callable[[int, int], int], *, device: int | None = None
+    ) -> None:
+        self.device = device
+        self._arena: Any
+        self._views: Any
+        if device is None:
+            self._arena = _C.ArenaProducer(nbytes, POOL_SLOTS)
+            self._views = _C.ArenaConsumer(self._arena.address)
+        else:
+            self._arena = _C.DeviceArenaProducer(device, nbytes, POOL_SLOTS)
+            self._views = self._arena.reader()
         self._quarantine: list[_Quarantined] = []
-        self.region = self._arena.regions[1]
+        self.region: tuple[int, int] = self._arena.regions[1]
         code = register(*self.region)
         if code != 0:
-            raise registration_error(nbytes, code)
+            raise registration_error(nbytes, code, device=device)
 
-    def acquire(self, nbytes: int, timeout_s: float) -> _C.ArenaReservation:
+    def acquire(self, nbytes: int, timeout_s: float) -> HeldRoom:
         """Room to write to. StoreFull, TransferTimeout."""
         self._quarantine = [q for q in self._quarantine if not self._freed(q)]
-        return self._arena.acquire(nbytes, timeout_s)
+        room: HeldRoom = self._arena.acquire(nbytes, timeout_s)
+        return room
 
-    def lease(self, slot: _C.ArenaReservation) -> _C.ArenaLease:
+    def lease(self, slot: Room) -> payload.Extent:
         """What was written, until the last view of it is gone; then the room is free again."""
         slot.publish()
+        lease: _C.ArenaLease | _C.DeviceArenaLease
         lease = self._views.lease(slot.slot, slot.generation)
         self._arena.discard(slot.slot, slot.generation)
-        return lease
+        if isinstance(lease, _C.ArenaLease):
+            return lease
+        return payload.TensorExtent(device_memory.device_bytes(lease))
 
-    def quarantine(self, slot: _C.ArenaReservation, is_over: Callable[[], bool]) -> None:
+    @staticmethod
+    def content(slot: Room) -> bytes:
+        """What was written, copied to the host."""
+        if isinstance(slot, _C.ArenaReservation):
+            buffer: Any = slot  # no type of Python 3.11 says so
+            return bytes(buffer)
+        return device_memory.device_bytes(slot).cpu().numpy().tobytes()
+
+    def quarantine(self, slot: Room, is_over: Callable[[], bool]) -> None:
         """Something may still write there: the room is not used again until `is_over` says so."""
         self._quarantine.append(_Quarantined(slot, is_over))
 

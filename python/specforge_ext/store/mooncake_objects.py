@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from specforge_ext import _C
-from specforge_ext.config import Config
+from specforge_ext.config import Config, Switch
 from specforge_ext.records import SampleRef
 from specforge_ext.store import mooncake
 from specforge_ext.store.base import ProducerLost, StoreError
@@ -30,13 +29,16 @@ LOOK_EVERY_S = (0.002, 0.05)
 
 
 class Address(Config):
-    """What a reader has to know."""
+    """What a reader has to know. alive_bytes: what the object that says that the writer lives holds
+    (hexadecimal), looked at before a GPU's memory is relied upon."""
 
     master: str
     protocol: mooncake.Protocol
     devices: str
     pool_bytes: int = Field(gt=0, le=1 << 46)
     read_timeout_s: float = Field(gt=0)
+    direct: Switch = "off"
+    alive_bytes: str = Field(default="", pattern=r"^([0-9a-f]{2})*$", max_length=128)
 
 
 def connect(
@@ -72,7 +74,7 @@ def size_of(ref: SampleRef) -> int:
     return max(1, ref.nbytes)
 
 
-def leave(pool: mooncake.Pool, slot: _C.ArenaReservation, code: int) -> None:
+def leave(pool: mooncake.Pool[mooncake.Room], slot: mooncake.Room, code: int) -> None:
     """Give room back after a read; what a failed transfer may still write to is not used again."""
     if code not in TRANSIENT:
         slot.abort()

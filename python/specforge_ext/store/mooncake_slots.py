@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from specforge_ext.config import Config
+from specforge_ext.config import Config, Switch
 from specforge_ext.store import mooncake
 
 PAGE_BYTES = 4096
@@ -16,7 +16,11 @@ READY = (2, 3)
 
 
 class Address(Config):
-    """What a reader has to know. slots, payload, acks: addresses in the producer's memory."""
+    """What a reader has to know. slots, payload, acks: addresses in the producer's memory.
+
+    probe, probe_bytes: where something lies, and (hexadecimal) what, beside the payload, that is
+    looked at before a GPU's memory is relied upon.
+    """
 
     peer: str = Field(pattern=r"^[^:\s]+:\d+$")
     protocol: mooncake.Protocol
@@ -28,3 +32,6 @@ class Address(Config):
     payload_bytes: int = Field(gt=0, le=1 << 46)
     pool_bytes: int = Field(gt=0, le=1 << 46)
     read_timeout_s: float = Field(gt=0)
+    direct: Switch = "off"
+    probe: int = Field(default=0, ge=0, lt=1 << 63)
+    probe_bytes: str = Field(default="", pattern=r"^([0-9a-f]{2})*$", max_length=128)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pydantic import Field
 from torch import Tensor
 
+from specforge_ext import _C
 from specforge_ext.copies import copied
 from specforge_ext.records import Sample, SampleRef, TensorRef
 from specforge_ext.store import mooncake, payload
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 class MooncakeStoreConfig(mooncake.MooncakeConfig):
     """master: "host:port" of a mooncake_master. None: the producer starts one on loopback and ends
     it with itself, for a run on one host.
+    Objects lie on the host whatever `direct` says, for Mooncake makes its segments there: of the
+    readers' pools it decides.
     """
 
     master: str | None = Field(default=None, pattern=r"^[^:\s]+:\d+$")
@@ -107,15 +110,15 @@ class MooncakeStoreWriter:
             devices=config.devices,
             segment_bytes=steps * objects.SEGMENT_STEP_BYTES,
         )
-        self._pool: mooncake.Pool | None = mooncake.Pool(
+        self._pool: mooncake.Pool[_C.ArenaReservation] | None = mooncake.Pool(
             config.pool_or_capacity_bytes, self._client.register_buffer
         )
         self._placement = package.ReplicateConfig()
         self._placement.replica_num = 1
         self._placement.with_hard_pin = True
         self._placement.preferred_segment = self._client.get_hostname()
-        alive = self._put_alive()
-        self._segment = OwnSegment(self._client, objects.alive_key(self._epoch), alive)
+        self._alive = self._put_alive()
+        self._segment = OwnSegment(self._client, objects.alive_key(self._epoch), self._alive)
         if not self._segment.is_known:
             log.warning("mooncake_store: samples take one more copy: the segment is not found here")
 
@@ -197,6 +200,8 @@ class MooncakeStoreWriter:
             devices=config.devices,
             pool_bytes=config.pool_or_capacity_bytes,
             read_timeout_s=config.read_timeout_s,
+            direct=config.direct,
+            alive_bytes=self._alive.hex(),
         )
         return f"{self._store}:{address.model_dump_json()}"
 
@@ -209,7 +214,7 @@ class MooncakeStoreWriter:
         if self._master is not None:
             self._master.close()
 
-    def _open_pool(self) -> mooncake.Pool:
+    def _open_pool(self) -> mooncake.Pool[_C.ArenaReservation]:
         if self._pool is None:
             raise StoreError("mooncake_store writer: wanted an open segment, but it was closed")
         return self._pool
@@ -253,7 +258,7 @@ class MooncakeStoreWriter:
 
     def _put_through(
         self,
-        pool: mooncake.Pool,
+        pool: mooncake.Pool[_C.ArenaReservation],
         planned: SampleRef,
         tensors: Mapping[str, Tensor],
         wait: mooncake.Pauses,

@@ -6,11 +6,10 @@ import logging
 import re
 import time
 
-from specforge_ext import _C
 from specforge_ext.config import parse_json
 from specforge_ext.copies import copied
 from specforge_ext.records import SampleRef
-from specforge_ext.store import mooncake, payload
+from specforge_ext.store import device_memory, direct_gpu, mooncake, payload
 from specforge_ext.store import mooncake_objects as objects
 from specforge_ext.store.base import (
     Capabilities,
@@ -36,6 +35,9 @@ class MooncakeStoreReader:
         self._store = f"mooncake_store:{self._epoch}"
         self._address = parse_json(objects.Address, match[2], where="address")
         mooncake.expect_protocol(self._address.protocol, self._address.devices)
+        self._gpu = direct_gpu.gpu_for(
+            self._address.direct, self._address.protocol, None, what=self._store
+        )
         package = mooncake.module("mooncake.store")
         master = self._address.master
         if not mooncake.is_reachable(master, timeout_s=objects.MASTER_S):
@@ -48,12 +50,16 @@ class MooncakeStoreReader:
             devices=self._address.devices,
             segment_bytes=0,
         )
-        self._pool: mooncake.Pool | None = mooncake.Pool(
-            self._address.pool_bytes, self._client.register_buffer
+        self._pool: mooncake.Pool[mooncake.Room] | None = mooncake.Pool(
+            self._address.pool_bytes,
+            self._client.register_buffer,
+            device=None if self._gpu is None else self._gpu.index,
         )
         if not self.producer_alive:
             self.close()
             raise ProducerLost(f"{self._store}: its producer has ended")
+        if self._gpu is not None:
+            self._expect_alive_bytes()
 
     @property
     def producer_alive(self) -> bool:
@@ -81,7 +87,9 @@ class MooncakeStoreReader:
             )
             if code == objects.size_of(ref):
                 copied("transfer", payload.feature_bytes(ref))
-                return payload.lease(pool.lease(slot), ref, verify=verify)
+                self._arrived()
+                with device_memory.own_stream(pool.device):
+                    return payload.lease(pool.lease(slot), ref, verify=verify)
             objects.leave(pool, slot, code)
             if code not in objects.TRANSIENT or not self.producer_alive:
                 break
@@ -97,7 +105,8 @@ class MooncakeStoreReader:
         objects.remove(self._client, objects.key_of(self._epoch, ref.generation))
 
     def capabilities(self) -> Capabilities:
-        return mooncake.capabilities_over("mooncake_store", self._address.protocol)
+        on_gpu = self._gpu is not None
+        return mooncake.capabilities_over("mooncake_store", self._address.protocol, on_gpu=on_gpu)
 
     def close(self) -> None:
         """Leases keep their bytes."""
@@ -105,12 +114,31 @@ class MooncakeStoreReader:
             self._client.close()
             self._pool = None
 
-    def _open_pool(self) -> mooncake.Pool:
+    def _open_pool(self) -> mooncake.Pool[mooncake.Room]:
         if self._pool is None:
             raise StoreError("mooncake_store reader: wanted an open pool, but it was closed")
         return self._pool
 
-    def _get_once(self, key: str, slot: _C.ArenaReservation, size: int) -> int:
+    def _arrived(self) -> None:
+        if self._gpu is not None:
+            direct_gpu.arrived(self._gpu, self._address.protocol)
+
+    def _expect_alive_bytes(self) -> None:
+        """StoreError unless a read brings an object's bytes to where samples are read."""
+        pool = self._open_pool()
+        slot = pool.acquire(objects.ALIVE_BYTES, self._address.read_timeout_s)
+        code = self._get_once(objects.alive_key(self._epoch), slot, objects.ALIVE_BYTES)
+        if code != objects.ALIVE_BYTES:
+            objects.leave(pool, slot, code)
+            raise ProducerLost(f"{self._store}: its producer has ended (error {code})")
+        self._arrived()
+        came = pool.content(slot)
+        slot.abort()
+        if came.hex() != self._address.alive_bytes:
+            self.close()
+            raise mooncake.other_bytes(self._store, self._address.protocol)
+
+    def _get_once(self, key: str, slot: mooncake.Room, size: int) -> int:
         """Bytes of the object, or an error."""
         [code] = self._client.batch_get_into([key], [slot.address], [size])
         return int(code)

@@ -6,7 +6,6 @@ the rest is in its SampleRef. S is the number of tokens of a sample.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -14,6 +13,7 @@ from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from specforge_ext import _C, ops
 from specforge_ext.copies import copied
@@ -31,6 +31,8 @@ from specforge_ext.records import (
 )
 from specforge_ext.store.base import CorruptFeature, LayoutMismatch, StaleRef, StoreError
 from specforge_ext.store.ref import check_ref, plan_tensors
+
+PROMPT_NAMES = ("input_ids", "loss_mask")
 
 
 class Extent(Protocol):
@@ -56,27 +58,29 @@ class TensorExtent:
         return self.whole.numel()
 
     def crc32c(self, offset: int, nbytes: int) -> int:
-        """Of a copy on the host."""
-        return _C.crc32c(raw_bytes(self.whole[offset : offset + nbytes].cpu()))
+        """Computed where the bytes lie, on the current stream; of a copy on the host in a build
+        without CUDA kernels."""
+        part = self.whole[offset : offset + nbytes]
+        return ops.crc32c(part if _C.cuda_compiled else part.cpu())
 
 
 class SampleLease:
     """Ends when `release` was called (or the lease dropped) and no view of it lives any more."""
 
-    def __init__(self, extent: Extent, ref: SampleRef) -> None:
-        self._sample_id = ref.sample_id
-        # A sample without a single byte has no view that would keep the extent.
-        self._held: tuple[Extent, StoredSample] | None = (extent, stored_sample(extent, ref))
+    def __init__(self, sample: StoredSample) -> None:
+        """sample: of views that keep what they show."""
+        self._sample_id = sample.prompt.sample_id
+        self._sample: StoredSample | None = sample
 
     @property
     def sample(self) -> StoredSample:
-        if self._held is None:
+        if self._sample is None:
             raise StoreError(f"lease of sample {self._sample_id!r}: wanted before its release")
-        return self._held[1]
+        return self._sample
 
     def release(self) -> None:
         """May be called more than once."""
-        self._held = None
+        self._sample = None
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +117,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, 
     return {
         name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
         for name, tensor in tensors.items()
-        if name not in ("input_ids", "loss_mask")
+        if name not in PROMPT_NAMES
     }
 
 
@@ -183,7 +187,7 @@ def plan(
 
 def feature_bytes(ref: SampleRef) -> int:
     """Of a sample's extent, what is not the prompt's: as encoded, with scales."""
-    features = [t for t in ref.tensors if t.name not in ("input_ids", "loss_mask")]
+    features = [t for t in ref.tensors if t.name not in PROMPT_NAMES]
     return sum(t.nbytes + t.scales_nbytes for t in features)
 
 
@@ -220,7 +224,7 @@ def _copy(extent: TensorExtent, ref: TensorRef, tensor: Tensor, checksum: bool) 
     if ref.encoding != "none":
         here = tensor.to(extent.whole.device)
         return encode(ref, here, _encoded_view(extent, ref), checksum=checksum)
-    into = _view(extent, ref.offset, DTYPES[ref.dtype], ref.shape)
+    [into] = _views(extent, (ref,))
     into.copy_(tensor, non_blocking=True)
     return replace(ref, checksum=extent.crc32c(ref.offset, ref.nbytes)) if checksum else ref
 
@@ -280,13 +284,15 @@ def lease(extent: Extent, ref: SampleRef, *, verify: bool) -> SampleLease:
     if fault is not None:
         del extent  # else it would live as long as the error's traceback
         raise CorruptFeature(f"sample {ref.sample_id!r}: {fault}")
-    return SampleLease(extent, ref)
+    return SampleLease(stored_sample(extent, ref))
 
 
 def find_fault(extent: Extent, ref: SampleRef, *, verify: bool) -> str | None:
     if extent.nbytes != ref.nbytes:
         return f"wanted {ref.nbytes} bytes, the store holds {extent.nbytes}"
-    return next(filter(None, (_bad_sum(extent, t) for t in ref.tensors if verify)), None)
+    if not verify:
+        return None
+    return next(filter(None, (_bad_sum(extent, t) for t in ref.tensors)), None)
 
 
 def _bad_sum(extent: Extent, tensor: TensorRef) -> str | None:
@@ -303,38 +309,48 @@ def _bad_sum(extent: Extent, tensor: TensorRef) -> str | None:
 
 def views(extent: object, ref: SampleRef) -> dict[str, Tensor]:
     """Every tensor of a sample of encoding none, without a copy; each keeps the extent."""
-    return {t.name: _view(extent, t.offset, DTYPES[t.dtype], t.shape) for t in ref.tensors}
+    tensors = _views(extent, ref.tensors)
+    return {t.name: tensor for t, tensor in zip(ref.tensors, tensors, strict=True)}
 
 
 def stored_sample(extent: object, ref: SampleRef) -> StoredSample:
     """Views of all that a sample holds; of a TensorExtent, the prompt is a copy on the CPU."""
+    if isinstance(extent, TensorExtent):
+        return _sample_of_slices(extent.whole, ref)
+    sample: StoredSample = _C.stored_sample(extent, ref, from_dlpack)
+    return sample
+
+
+def _sample_of_slices(whole: Tensor, ref: SampleRef) -> StoredSample:
     prompt: dict[str, Tensor] = {}
     features: dict[str, Tensor | EncodedFeature] = {}
     for t in ref.tensors:
-        if t.encoding != "none":
-            features[t.name] = _encoded_view(extent, t)
-            continue
-        view = _view(extent, t.offset, DTYPES[t.dtype], t.shape)
-        (prompt if t.name in ("input_ids", "loss_mask") else features)[t.name] = view
-    if isinstance(extent, TensorExtent):
-        prompt = {name: tensor.to("cpu", copy=True) for name, tensor in prompt.items()}
+        values = _slices(whole, t)
+        if t.name in PROMPT_NAMES:
+            prompt[t.name] = values[0].to("cpu", copy=True)
+        elif t.encoding != "none":
+            features[t.name] = EncodedFeature(values[0], values[1], DTYPES[t.dtype])
+        else:
+            features[t.name] = values[0]
     return StoredSample(Prompt(ref.sample_id, **prompt), features)
 
 
-def _encoded_view(extent: object, ref: TensorRef) -> EncodedFeature:
-    scales_shape = (ref.shape[0], ref.num_scales)
-    return EncodedFeature(
-        codes=_view(extent, ref.offset, torch.uint8, ref.shape),
-        scales=_view(extent, ref.scales_offset, torch.float32, scales_shape),
-        dtype=DTYPES[ref.dtype],
-    )
-
-
-def _view(extent: object, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    count = math.prod(shape)
+def _views(extent: object, refs: tuple[TensorRef, ...]) -> list[Tensor]:
+    """Of each tensor; of one that is encoded two, its codes and its scales."""
     if isinstance(extent, TensorExtent):
-        return extent.whole[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)  # frombuffer refuses to see nothing
-    flat = torch.frombuffer(extent, dtype=dtype, count=count, offset=offset)
-    return flat if len(shape) == 1 else flat.view(shape)
+        return [view for ref in refs for view in _slices(extent.whole, ref)]
+    tensors: list[Tensor] = _C.tensor_views(extent, refs, from_dlpack)
+    return tensors
+
+
+def _slices(whole: Tensor, ref: TensorRef) -> list[Tensor]:
+    codes = whole[ref.offset : ref.offset + ref.nbytes]
+    if ref.encoding == "none":
+        return [codes.view(DTYPES[ref.dtype]).view(ref.shape)]
+    scales = whole[ref.scales_offset : ref.scales_offset + ref.scales_nbytes]
+    return [codes.view(ref.shape), scales.view(torch.float32).view(ref.shape[0], ref.num_scales)]
+
+
+def _encoded_view(extent: object, ref: TensorRef) -> EncodedFeature:
+    codes, scales = _views(extent, (ref,))
+    return EncodedFeature(codes, scales, DTYPES[ref.dtype])

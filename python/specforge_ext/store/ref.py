@@ -91,6 +91,12 @@ def ref_from_json(text: str) -> SampleRef:
 
 def ref_to_bytes(ref: SampleRef) -> bytes:
     """The binary form. ValueError for a ref that `ref_from_bytes` would refuse."""
+    data = _C.ref_to_bytes(ref)
+    return _to_bytes_slowly(ref) if data is None else data
+
+
+def _to_bytes_slowly(ref: SampleRef) -> bytes:
+    """Also of what the native form leaves to it: see `_check_slowly`."""
     check_ref(ref)
     counts = (len(ref.tensors), ref.slot, ref.num_tokens, ref.generation, ref.nbytes)
     parts = [_HEAD.pack(REF_MAGIC, REF_VERSION, *counts)]
@@ -108,6 +114,12 @@ def ref_to_bytes(ref: SampleRef) -> bytes:
 
 def ref_from_bytes(data: bytes) -> SampleRef:
     """The inverse of `ref_to_bytes`. ValueError names the key, what was wanted, what came."""
+    ref = _C.ref_from_bytes(data)
+    return _from_bytes_slowly(data) if ref is None else ref
+
+
+def _from_bytes_slowly(data: bytes) -> SampleRef:
+    """Says what is wrong; also of what the native form leaves to it."""
     if not _HEAD.size + _CRC.size <= len(data) <= MAX_WIRE_BYTES:
         limits = f"{_HEAD.size + _CRC.size} to {MAX_WIRE_BYTES} bytes"
         raise ValueError(f"ref: wanted {limits}, got {len(data)}")
@@ -193,7 +205,8 @@ def check_ref(ref: SampleRef) -> None:
 
 
 def _check_slowly(ref: SampleRef) -> None:
-    """Says what is wrong, and judges values of subclasses, which the native check leaves to it."""
+    """Says what is wrong, and judges what the native check leaves to it: texts beyond ASCII, values
+    of subclasses."""
     _expect_text("ref.sample_id", ref.sample_id, 512)
     _expect_text("ref.store", ref.store, 128)
     _expect_text("ref.layout_hash", ref.layout_hash, 64)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from specforge_ext.config import Config
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class CheckpointConfig(Config):
     """When checkpoints are written and which of them stay.
 
-    every_steps: steps between checkpoints; the last step and SIGTERM are saved as well.
+    every_steps: steps between checkpoints; the last step, SIGTERM and Ctrl-C are saved as well.
     keep_last: number of newest checkpoints that stay.
     keep_best: the checkpoint with the highest `headline_metric` stays too.
     resume: "auto" goes on from the newest complete checkpoint of the output directory if there is
@@ -33,8 +35,7 @@ class TrainerConfig(Config):
     warmup_ratio: share of all steps in which the rate rises linearly from 0.
     schedule: course of the rate after the warm-up; "cosine" and "linear" end at 0.
     precision: "bfloat16" gathers parameters and multiplies matrices in bfloat16; gradients are
-    summed
-        over micro-batches and ranks in float32, parameters and moments are float32.
+        summed over micro-batches and ranks in float32, parameters and moments are float32.
     activation_checkpointing: recompute each shard unit of the method in backward.
     compile: torch.compile each shard unit (the whole draft where a method names none).
     seed: of dropout and the like; rank r draws from its own stream. The draft's own initialisation
@@ -49,7 +50,7 @@ class TrainerConfig(Config):
 
     max_steps: int | None = Field(default=None, ge=1)
     lr: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=0.5, gt=0)
@@ -58,7 +59,7 @@ class TrainerConfig(Config):
     precision: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     num_threads: int | None = Field(default=None, ge=1)
     collective_timeout_s: float = Field(default=600.0, gt=0)
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -11,7 +11,7 @@ from typing import Any
 from specforge_ext.trainer import rng
 from specforge_ext.trainer.data import StepData, StepSource
 from specforge_ext.trainer.loop import Trainer, TrainResult
-from specforge_ext.trainer.signals import StopRequest, stop_on_sigterm
+from specforge_ext.trainer.signals import StopRequest, stop_on_signals
 from specforge_ext.trainer.step import NonFiniteError
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class JointTrainer:
         with ExitStack() as stack:
             for lane in self._lanes:
                 lane.begin()
-            stop = stack.enter_context(stop_on_sigterm())
+            stop = stack.enter_context(stop_on_signals())
             for lane in self._lanes:
                 lane.trainer.open_sinks(stack)
             self._run(stop)

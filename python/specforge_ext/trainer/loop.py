@@ -25,7 +25,7 @@ from specforge_ext.trainer.metrics import Clock, Sink, metrics_line, open_sinks
 from specforge_ext.trainer.optim import ShardedAdamW
 from specforge_ext.trainer.progress import Progress
 from specforge_ext.trainer.sharding import Shards, checkpoint_activations, compile_units
-from specforge_ext.trainer.signals import StopRequest, stop_on_sigterm
+from specforge_ext.trainer.signals import StopRequest, stop_on_signals
 from specforge_ext.trainer.step import StepReport, TrainStep
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class TrainResult:
     steps: done since the run began, of total_steps. resumed_step: where this process went on.
     samples_trained, tokens_trained: since the run began. wall_s, data_wait_s: of this process (the
     wait is the mean over ranks), compilation and checkpoints included.
-    stopped_by_signal: SIGTERM ended it before the last step; it is saved and can be resumed.
+    stopped_by_signal: SIGTERM or Ctrl-C ended it before the last step; it is saved and can go on.
     """
 
     steps: int
@@ -117,13 +117,13 @@ class Trainer:
         )
 
     def fit(self) -> TrainResult:
-        """Train to the last step or to SIGTERM, from the checkpoint that the config names.
+        """Train to the last step, SIGTERM or Ctrl-C, from the checkpoint that the config names.
 
         Raises ValueError if that checkpoint is of another run, NonFiniteError, CollectiveError.
         """
         self.begin()
         with ExitStack() as stack:
-            stop = stack.enter_context(stop_on_sigterm())
+            stop = stack.enter_context(stop_on_signals())
             self.open_sinks(stack)
             self._run(stop)
         return self.result()
@@ -299,18 +299,21 @@ def check_identity(
     ours: Mapping[str, Any],
     *,
     when_absent: Mapping[str, Any] | None = None,
+    where: str = "",
 ) -> None:
     """ValueError names the first thing in which two runs differ. Tuples and lists are the same.
 
-    when_absent: what stands where `theirs`, of a version that did not know it, has nothing.
+    when_absent: what stands where `theirs`, of a version that did not know it, has nothing. where:
+    prefix of the keys in messages.
     """
     theirs, ours, absent = (json.loads(json.dumps(x)) for x in (theirs, ours, when_absent or {}))
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         mine, other = ours.get(key), theirs.get(key, absent.get(key))
         if isinstance(mine, dict) and isinstance(other, dict):
-            check_identity(path, other, mine, when_absent=absent.get(key) or {})
+            absent_here = absent.get(key) or {}
+            check_identity(path, other, mine, when_absent=absent_here, where=f"{where}{key}.")
         elif mine != other:
             raise ValueError(
-                f"{path}: is of another run: wanted {key} = {mine!r}, got {other!r}; restore it or "
-                "choose another output_dir"
+                f"{path}: is of another run: wanted {where}{key} = {mine!r}, got {other!r}; "
+                "restore it or choose another output_dir"
             )

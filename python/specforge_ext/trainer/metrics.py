@@ -164,7 +164,7 @@ class Wandb:
         except ImportError as error:
             raise ValueError(
                 f"trainer.wandb_project: wanted the package wandb for {project!r}, got none; "
-                "pip install 'specforge_ext[wandb]'"
+                "pip install wandb"
             ) from error
         self._run = wandb.init(
             project=project,

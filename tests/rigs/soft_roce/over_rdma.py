@@ -169,7 +169,7 @@ def test_a_reader_whose_registration_ended(pair: Pair) -> None:
 def test_a_producer_whose_registration_ended() -> None:
     for pair in connected("mooncake_p2p", **LINK):
         pair.expect_equal()
-        _, payload = pair.writer._shm.regions
+        _, payload = pair.writer._arena.regions
         assert pair.writer._engine.unregister_memory(payload[0]) == 0
         pair.expect_refused()
 

@@ -35,7 +35,7 @@ TRANSLATED_MIB = 256
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--boot-s", type=float, default=240.0, help="deadline of rxe0")
-    parser.add_argument("--total-s", type=float, default=3600.0, help="deadline of it all")
+    parser.add_argument("--total-s", type=float, default=5400.0, help="deadline of it all")
     parser.add_argument("--slowdown", type=float, default=10.0, help="of the tests' own deadlines")
     parser.add_argument("tests", nargs="*", default=TESTS, help="words for pytest")
     return parser.parse_args()
