@@ -362,5 +362,6 @@ WAYS = (
     store_way("shm"),
     store_way("shared_dir"),
     store_way("mooncake_p2p"),
+    store_way("mooncake_store", checksum=False),
     store_way("mooncake_store"),
 )

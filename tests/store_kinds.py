@@ -165,7 +165,7 @@ def flip_in_folder(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
 def flip_in_mooncake(writer: Any, ref: SampleRef, at: int, bit: int) -> None:
     """Another object under the same key."""
     client, key = writer._client, f"specforge/{ref.store.split(':')[1]}/{ref.generation:x}"
-    slot = writer._pool.acquire(ref.nbytes, 1.0)
+    slot = writer._registered().acquire(ref.nbytes, 1.0)
     assert client.batch_get_into([key], [slot.address], [ref.nbytes]) == [ref.nbytes]
     ctypes.c_ubyte.from_address(slot.address + at).value ^= 1 << bit
     assert client.remove(key, True) == 0

@@ -389,14 +389,14 @@ def test_checkpoints_older_than_an_option_resume() -> None:
     known = {"method": defaults(Eagle3Config)}
     check_identity(here, {"method": older}, {"method": ours}, when_absent=known)
     assert _identity_defaults(load("demo", []))["method"] == known["method"]
-    with pytest.raises(ValueError, match="wanted fc_norm = True, got False"):
+    with pytest.raises(ValueError, match=r"wanted method\.fc_norm = True, got False"):
         changed = {"method": {**ours, "fc_norm": True}}
         check_identity(here, {"method": older}, changed, when_absent=known)
-    with pytest.raises(ValueError, match="wanted ttt_length = 5, got 7"):
+    with pytest.raises(ValueError, match=r"wanted method\.ttt_length = 5, got 7"):
         check_identity(
             here, {"method": {**older, "ttt_length": 7}}, {"method": ours}, when_absent=known
         )
-    with pytest.raises(ValueError, match="wanted other = None, got 1"):
+    with pytest.raises(ValueError, match=r"wanted method\.other = None, got 1"):
         check_identity(here, {"method": {**older, "other": 1}}, {"method": ours}, when_absent=known)
 
 

@@ -105,6 +105,7 @@ def assert_same(ours: TargetWeights, wanted: TargetWeights) -> None:
         assert got.dtype == want.dtype and torch.equal(got, want), name
         assert not got.requires_grad
     assert list(ours.last_layer) == list(wanted.last_layer)
+    assert "self_attn.q_proj.bias" not in ours.last_layer
     for name, want in wanted.last_layer.items():
         got = ours.last_layer[name]
         assert got.dtype == want.dtype and torch.equal(got, want), name

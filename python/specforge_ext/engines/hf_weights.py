@@ -155,22 +155,23 @@ class LayerTensors(Mapping[str, Tensor]):
     def __init__(self, stored: Stored, layer: nn.Module, device: torch.device) -> None:
         self._stored = stored
         self._device = device
-        self._owners = {
-            f"{path}.{entry}" if path else entry: (module, entry)
-            for path, module in layer.named_modules()
-            for entry in (*module._parameters, *module._buffers)
-        }
-        self._names = tuple(layer.state_dict())
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        for name in layer.state_dict():
+            path, _, entry = name.rpartition(".")
+            self._owners[name] = layer.get_submodule(path), entry
 
     def __getitem__(self, name: str) -> Tensor:
         module, entry = self._owners[name]
         return factor_of(module, self._stored.read(module, entry)).to(self._device)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._owners)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._owners)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._owners  # nothing is read for that
 
 
 def _embeddings(

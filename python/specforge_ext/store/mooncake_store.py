@@ -110,9 +110,8 @@ class MooncakeStoreWriter:
             devices=config.devices,
             segment_bytes=steps * objects.SEGMENT_STEP_BYTES,
         )
-        self._pool: mooncake.Pool[_C.ArenaReservation] | None = mooncake.Pool(
-            config.pool_or_capacity_bytes, self._client.register_buffer
-        )
+        self._pool: mooncake.Pool[_C.ArenaReservation] | None = None
+        self._is_open = True
         self._placement = package.ReplicateConfig()
         self._placement.replica_num = 1
         self._placement.with_hard_pin = True
@@ -139,7 +138,7 @@ class MooncakeStoreWriter:
         See `StoreWriter.put` for `sample`, `layers` and errors; StoreError after three attempts
         that Mooncake failed.
         """
-        pool = self._open_pool()
+        self._expect_open()
         planned, tensors = payload.plan_sample(
             sample,
             store=self._store,
@@ -157,7 +156,7 @@ class MooncakeStoreWriter:
         try:
             in_place = self._put_in_place(generation, planned, tensors, wait)
             if in_place is None:
-                published, written = self._put_through(pool, planned, tensors, wait)
+                published, written = self._put_through(planned, tensors, wait)
             else:
                 published, written = in_place
         finally:
@@ -171,17 +170,17 @@ class MooncakeStoreWriter:
 
     def abort(self, ref: SampleRef) -> None:
         """Nobody is going to read this sample any more: as a reader's `ack`."""
-        self._open_pool()
+        self._expect_open()
         payload.expect_ref(ref, store=self._store)
         objects.remove(self._client, self._key(ref.generation))
 
     def reap(self) -> int:
         """0: readers hold nothing here, and an ended writer's segment goes with its process."""
-        self._open_pool()
+        self._expect_open()
         return 0
 
     def health(self) -> MooncakeStoreHealth:
-        self._open_pool()
+        self._expect_open()
         with self._lock:
             self._collect()
             return MooncakeStoreHealth(
@@ -207,17 +206,25 @@ class MooncakeStoreWriter:
 
     def close(self) -> None:
         """The segment goes, and the master if it is ours. Open leases keep their bytes."""
-        if self._pool is None:
+        if not self._is_open:
             return
+        self._is_open = False
         self._client.close()
         self._pool = None
         if self._master is not None:
             self._master.close()
 
-    def _open_pool(self) -> mooncake.Pool[_C.ArenaReservation]:
-        if self._pool is None:
+    def _expect_open(self) -> None:
+        if not self._is_open:
             raise StoreError("mooncake_store writer: wanted an open segment, but it was closed")
-        return self._pool
+
+    def _registered(self) -> mooncake.Pool[_C.ArenaReservation]:
+        """Memory as large as the segment: made when a sample first has to go through it."""
+        with self._lock:
+            if self._pool is None:
+                size = self._config.pool_or_capacity_bytes
+                self._pool = mooncake.Pool(size, self._client.register_buffer)
+            return self._pool
 
     def _key(self, generation: int) -> str:
         return objects.key_of(self._epoch, generation)
@@ -225,7 +232,10 @@ class MooncakeStoreWriter:
     def _put_alive(self) -> bytes:
         """A readable object of our segment says that we live, without a clock of ours."""
         alive = secrets.token_bytes(objects.ALIVE_BYTES)
-        slot = self._open_pool().acquire(len(alive), objects.MASTER_S)
+        self._first: mooncake.Pool[_C.ArenaReservation] = mooncake.Pool(
+            len(alive), self._client.register_buffer
+        )
+        slot = self._first.acquire(len(alive), objects.MASTER_S)
         slot.write(0, memoryview(alive), False)
         code = self._copies_from(slot.address)(objects.alive_key(self._epoch), len(alive))
         slot.abort()
@@ -257,15 +267,11 @@ class MooncakeStoreWriter:
         return None
 
     def _put_through(
-        self,
-        pool: mooncake.Pool[_C.ArenaReservation],
-        planned: SampleRef,
-        tensors: Mapping[str, Tensor],
-        wait: mooncake.Pauses,
+        self, planned: SampleRef, tensors: Mapping[str, Tensor], wait: mooncake.Pauses
     ) -> tuple[int, tuple[TensorRef, ...]]:
         """The same by way of registered memory, to wherever Mooncake puts it."""
         size = objects.size_of(planned)
-        slot = pool.acquire(size, wait.left_s)
+        slot = self._registered().acquire(size, wait.left_s)
         try:
             written = payload.write_into(slot, planned, tensors, checksum=self._config.checksum)
             once = self._copies_from(slot.address)
